@@ -1,0 +1,128 @@
+"""Which variants exist, and why each does."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .cutlass import KernelScheduleType as Kernel
+from .errors import BuildError
+from .rules import SCHEDULES, check
+from .variant import Shape, Variant
+
+COOPERATIVE = Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative
+PINGPONG = Kernel.PtrArrayBlockwiseTmaWarpSpecializedPingpong
+ONE_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized1SmSm100
+TWO_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100
+NVFP4 = Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100
+SM120_COOPERATIVE = Kernel.PtrArrayTmaWarpSpecializedCooperative
+SM120_PINGPONG = Kernel.PtrArrayTmaWarpSpecializedPingpong
+
+PRODUCER_SPILLS = "CUTLASS' producer warps keep 48 registers: some words go to memory once a tile, outside every K loop"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A variant, the reason it exists, and the reason its register spills are accepted where they are."""
+
+    variant: Variant
+    why: str
+    allow_spill: str | None = None
+
+
+def entry(
+    arch: str,
+    format: str,
+    tile: tuple[int, int, int],
+    schedule: Kernel,
+    why: str,
+    *,
+    cluster: tuple[int, int] = (1, 1),
+    swap_ab: bool = False,
+    allow_spill: str | None = None,
+) -> Entry:
+    epilogue = SCHEDULES[arch, format][schedule]
+    variant = Variant(arch, format, Shape(*tile), schedule, epilogue, Shape(*cluster, 1), swap_ab)
+    return Entry(variant, why, allow_spill)
+
+
+def sm90(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
+    return entry("sm_90a", "fp8_block", (*tile, 128), schedule, why, **options)
+
+
+def sm90_swapped(tile: tuple[int, int], schedule: Kernel, why: str) -> Entry:
+    return sm90(tile, schedule, why, swap_ab=True)
+
+
+def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
+    return entry("sm_100a", "fp8_block", (*tile, 128), schedule, why, **options)
+
+
+CATALOGUE: tuple[Entry, ...] = (
+    sm90((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
+    sm90((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),
+    sm90((128, 128), COOPERATIVE, "two token tiles share one load of the weights: well over 256 rows", cluster=(2, 1)),
+    sm90((64, 128), PINGPONG, "epilogue of one tile under the mainloop of the next; half the padding of 128 rows"),
+    sm90_swapped((128, 8), COOPERATIVE, "up to 8 rows per expert: decode with many experts"),
+    sm90_swapped((128, 16), COOPERATIVE, "up to 16 rows per expert"),
+    sm90_swapped((128, 32), COOPERATIVE, "up to 32 rows per expert"),
+    sm90_swapped((128, 64), COOPERATIVE, "up to 64 rows per expert"),
+    sm90_swapped((128, 96), COOPERATIVE, "65 to 96 rows in one tile: the widest swapped tile without spills"),
+    sm90_swapped((128, 16), PINGPONG, "16 rows: hides the epilogue where K is short"),
+    sm90_swapped((128, 32), PINGPONG, "32 rows: hides the epilogue where K is short"),
+    sm90_swapped((128, 64), PINGPONG, "64 rows: hides the epilogue where K is short"),
+    sm90_swapped((256, 32), COOPERATIVE, "32 rows with half as many tiles: wide weights, fewer tensormap changes"),
+    sm90_swapped((256, 64), COOPERATIVE, "64 rows with half as many tiles: wide weights, fewer tensormap changes"),
+    sm100((128, 128), ONE_SM, "many rows per expert, where tiles are too few for pairs of thread blocks"),
+    sm100((128, 64), ONE_SM, "up to 64 rows per expert", swap_ab=True),
+    sm100((128, 32), ONE_SM, "up to 32 rows per expert: decode", swap_ab=True, allow_spill=PRODUCER_SPILLS),
+    sm100((256, 128), TWO_SM, "two thread blocks share operand B: many rows per expert", cluster=(2, 1)),
+    sm100((256, 128), TWO_SM, "the pair spans weights: 65 to 128 rows per expert", cluster=(2, 1), swap_ab=True),
+    entry("sm_100a", "nvfp4", (128, 128, 256), NVFP4, "many rows per expert"),
+    entry("sm_100a", "nvfp4", (128, 64, 256), NVFP4, "up to 64 rows per expert", swap_ab=True),
+    entry(
+        "sm_120a", "nvfp4", (128, 128, 128), SM120_COOPERATIVE, "the tile with four stages in 99 KB of shared memory"
+    ),
+    entry("sm_120a", "nvfp4", (128, 128, 128), SM120_PINGPONG, "epilogue of one tile under the mainloop of the next"),
+)
+
+
+def select(arch: str | None = None, format: str | None = None, only: str | None = None) -> tuple[Entry, ...]:
+    """Entries of an arch and a format whose name contains the glob pattern `only`."""
+    return tuple(
+        entry
+        for entry in CATALOGUE
+        if arch in (None, entry.variant.arch)
+        and format in (None, entry.variant.format)
+        and (only is None or fnmatch.fnmatchcase(entry.variant.name, f"*{only}*"))
+    )
+
+
+def validate(entries: Sequence[Entry]) -> None:
+    """Raise BuildError when an entry breaks a rule or two entries share a name."""
+    problems = [f"{entry.variant.name}: {reason}" for entry in entries for reason in check(entry.variant)]
+    names = [entry.variant.name for entry in entries]
+    problems += [f"{name}: twice in the catalogue" for name in sorted({n for n in names if names.count(n) > 1})]
+    if problems:
+        raise BuildError("catalogue:\n  " + "\n  ".join(problems))
+
+
+def markdown(entries: Sequence[Entry] = CATALOGUE) -> str:
+    """The catalogue as a Markdown document."""
+    lines = [
+        "# Catalogue of kernel variants",
+        "",
+        "Rendered from `codegen/catalogue.py` by `python -m codegen emit`; do not edit. A tile is M x N x K.",
+        "Swapped: the weights are operand A and the tokens operand B, so that few tokens make a small N tile.",
+    ]
+    for arch, format in dict.fromkeys((entry.variant.arch, entry.variant.format) for entry in entries):
+        compile_only = "" if select(arch)[0].variant.target.links else " (generated and compiled, not linked)"
+        lines += ["", f"## {arch} {format}{compile_only}", ""]
+        lines += ["| variant | tile | cluster | swapped | why |", "|---|---|---|---|---|"]
+        for e in entries:
+            v = e.variant
+            if (v.arch, v.format) == (arch, format):
+                spill = f"; spills accepted: {e.allow_spill}" if e.allow_spill else ""
+                swapped = "yes" if v.swap_ab else ""
+                lines.append(f"| `{v.name}` | {v.tile} | {v.cluster} | {swapped} | {e.why}{spill} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+// The C interface between the generated library of one architecture and moe_runtime.
+//
+// Every function takes one pointer to a plain struct and returns 0, a cudaError_t (> 0) or a MoeError (< 0).
+// Neither torch nor Python is included anywhere below templates/, so one library serves every version of both.
+// moe_runtime/kernels.py mirrors these structs with ctypes; tests/test_abi.py compares the two.
+#pragma once
+#include <stdint.h>
+
+#define MOE_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum MoeError {
+  MOE_ERROR_BAD_VARIANT = -1,         // no such variant in this library
+  MOE_ERROR_WORKSPACE_TOO_SMALL = -2, // workspace_bytes < moe_fp8_block_workspace()
+  MOE_ERROR_CANNOT_IMPLEMENT = -3,    // the kernel refuses the shape
+  MOE_ERROR_BAD_ARGUMENT = -4,        // a combination that no kernel serves
+};
+
+// One layer is a sequence of stages; a call runs those whose bit is set.
+enum MoeStage {
+  MOE_STAGE_ROUTE = 1,      // router logits -> topk_ids, topk_weights
+  MOE_STAGE_PERMUTE = 2,    // topk_ids -> rows grouped by local expert, and the GEMMs' group metadata
+  MOE_STAGE_GATHER = 4,     // hidden_states -> e4m3 rows grouped by expert, one fp32 scale per 1x128
+  MOE_STAGE_GEMM1 = 8,      // rows x gate_up
+  MOE_STAGE_ACTIVATION = 16,// SwiGLU, then e4m3 with one fp32 scale per 1x128
+  MOE_STAGE_GEMM2 = 32,     // rows x down
+  MOE_STAGE_COMBINE = 64,   // sum over top_k of weight * row -> output
+};
+
+enum MoeRouting { MOE_ROUTING_RENORMALIZE = 1, MOE_ROUTING_DEEPSEEK_V3 = 2 };
+enum MoeDtype { MOE_DTYPE_BF16 = 0, MOE_DTYPE_F32 = 1, MOE_DTYPE_E4M3 = 2 };
+
+// Scale layout of one group as CUTLASS' K-major Sm90BlockwiseScaleConfig stores it:
+// five of the layout's integers are dynamic. Held to CuTe by a static_assert and moe_variant.check_abi().
+typedef struct MoeScaleLayout {
+  int32_t rows, k_blocks, batches, row_stride, batch_stride;
+} MoeScaleLayout;
+
+// Group metadata of one grouped GEMM, in device memory, written by the permute stage. It does not depend on
+// the variant: swapped kernels read weights as operand A and take problem_swapped, the others problem.
+typedef struct MoeGroupMetadata {
+  int32_t* problem;          // [L, 3] rows, n, k
+  int32_t* problem_swapped;  // [L, 3] n, rows, k
+  void const** tokens;       // [L] e4m3 [rows, k]
+  void const** weights;      // [L] e4m3 [n, k]
+  void const** token_scales; // [L] f32 [rows, k/128]
+  void const** weight_scales;// [L] f32 [n/128, k/128]
+  void** output;             // [L] bf16 [rows, n]
+  int64_t* token_stride;     // [L] k
+  int64_t* weight_stride;    // [L] k
+  int64_t* output_stride;    // [L] n
+  MoeScaleLayout* token_scale_layout;  // [L]
+  MoeScaleLayout* weight_scale_layout; // [L]
+} MoeGroupMetadata;
+
+typedef struct MoeGroupedGemm {
+  int32_t num_groups, n, k, sm_count;
+  MoeGroupMetadata metadata;
+  void* workspace; // at least MOE_GEMM_WORKSPACE_BYTES(sm_count)
+  void* stream;
+} MoeGroupedGemm;
+
+// Tensormaps for A, B and D, one set an SM, each rounded up by CUTLASS; checked against the kernel's own answer.
+#define MOE_GEMM_WORKSPACE_BYTES(sm_count) ((int64_t)(sm_count)*1024 + 4096)
+
+typedef struct MoeVariant {
+  char const* name;
+  int32_t tile_m, tile_n, tile_k, cluster_m, cluster_n, swap_ab, stages, shared_memory_bytes, threads;
+  int32_t (*run)(MoeGroupedGemm const*);
+  int32_t (*check_abi)(void); // 0 if MoeScaleLayout and the strides match CuTe's types; host only
+} MoeVariant;
+
+typedef struct MoeFp8BlockLayer {
+  int32_t num_tokens, hidden_size, intermediate_size, num_experts, top_k;
+  int32_t local_expert_offset, num_local_experts;
+  int32_t stages;              // MoeStage bits
+  int32_t gemm1_variant, gemm2_variant; // indices into moe_variant()
+  int32_t routing_method, n_group, topk_group;
+  float routed_scaling_factor;
+  float clamp_limit;           // <= 0: none
+  int32_t gate_first;          // 1: gemm1_weights rows are [gate; up], 0: [up; gate]
+  int32_t hidden_states_dtype; // MoeDtype: bf16, or e4m3 with hidden_states_scale
+  int32_t routing_logits_dtype, routing_bias_dtype; // bf16 or f32
+  int32_t sm_count;
+  int64_t scale_token_stride, scale_block_stride; // of hidden_states_scale, in floats
+  int64_t workspace_bytes;
+  void const* routing_logits;  // [T, E]
+  void const* routing_bias;    // [E] or null
+  int32_t* topk_ids;           // [T, top_k]; written by ROUTE, read by PERMUTE; null: in the workspace
+  float* topk_weights;         // [T, top_k]; written by ROUTE, read by COMBINE; null: in the workspace
+  void const* hidden_states;   // [T, H]
+  float const* hidden_states_scale; // see the strides; null with bf16
+  void const* gemm1_weights;   // e4m3 [L, 2I, H]
+  float const* gemm1_weights_scale; // [L, 2I/128, H/128]
+  void const* gemm2_weights;   // e4m3 [L, H, I]
+  float const* gemm2_weights_scale; // [L, H/128, I/128]
+  void* output;                // bf16 [T, H]
+  void* workspace;             // 256-byte aligned
+  void* stream;
+} MoeFp8BlockLayer;
+
+// Byte offsets into the workspace.
+typedef struct MoeFp8BlockWorkspace {
+  int64_t topk_ids;         // int32 [T, top_k], where the caller gave none
+  int64_t topk_weights;     // f32 [T, top_k], likewise
+  int64_t expert_offsets;   // int32 [L + 1], first row of each local expert
+  int64_t permuted_row;     // int32 [T, top_k], row of a slot, -1 where the expert is remote
+  int64_t rows;             // e4m3 [T*top_k, H]
+  int64_t row_scales;       // f32 [T*top_k, H/128]
+  int64_t gemm1_output;     // bf16 [T*top_k, 2I]
+  int64_t activation;       // e4m3 [T*top_k, I]
+  int64_t activation_scales;// f32 [T*top_k, I/128]
+  int64_t gemm2_output;     // bf16 [T*top_k, H]
+  int64_t metadata;         // two GEMMs' MoeGroupMetadata arrays
+  int64_t gemm_workspace;   // tensormaps
+  int64_t total_bytes;
+} MoeFp8BlockWorkspace;
+
+int32_t moe_abi_version(void);
+char const* moe_library_hash(void);
+int32_t moe_variant_count(void);
+MoeVariant const* moe_variant(int32_t index);
+int32_t moe_fp8_block_workspace(MoeFp8BlockLayer const* layer, MoeFp8BlockWorkspace* workspace);
+int32_t moe_fp8_block_layer(MoeFp8BlockLayer const* layer);
+char const* moe_error_string(int32_t code);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,136 @@
+// A whole fp8_block layer as one call: workspace layout, argument checks and the sequence of stages.
+#include <climits>
+
+#include "ops.cuh"
+
+namespace moe {
+namespace {
+
+// Hands out consecutive 256-byte aligned regions.
+struct Arena {
+  int64_t used = 0;
+  int64_t take(int64_t bytes) {
+    int64_t const at = used;
+    used += (bytes + 255) / 256 * 256;
+    return at;
+  }
+};
+
+MoeGroupMetadata metadata_at(uint8_t* base, Arena& arena, int64_t groups) {
+  auto take = [&](int64_t bytes_per_group) { return base + arena.take(groups * bytes_per_group); };
+  MoeGroupMetadata m;
+  m.problem = reinterpret_cast<int32_t*>(take(12));
+  m.problem_swapped = reinterpret_cast<int32_t*>(take(12));
+  m.tokens = reinterpret_cast<void const**>(take(8));
+  m.weights = reinterpret_cast<void const**>(take(8));
+  m.token_scales = reinterpret_cast<void const**>(take(8));
+  m.weight_scales = reinterpret_cast<void const**>(take(8));
+  m.output = reinterpret_cast<void**>(take(8));
+  m.token_stride = reinterpret_cast<int64_t*>(take(8));
+  m.weight_stride = reinterpret_cast<int64_t*>(take(8));
+  m.output_stride = reinterpret_cast<int64_t*>(take(8));
+  m.token_scale_layout = reinterpret_cast<MoeScaleLayout*>(take(sizeof(MoeScaleLayout)));
+  m.weight_scale_layout = reinterpret_cast<MoeScaleLayout*>(take(sizeof(MoeScaleLayout)));
+  return m;
+}
+
+MoeFp8BlockWorkspace place(MoeFp8BlockLayer const& layer, Buffers& buffers) {
+  int64_t const slots = int64_t(layer.num_tokens) * layer.top_k, groups = layer.num_local_experts;
+  int64_t const hidden = layer.hidden_size, inter = layer.intermediate_size;
+  Arena arena;
+  MoeFp8BlockWorkspace w{};
+  w.topk_ids = arena.take(slots * 4);
+  w.topk_weights = arena.take(slots * 4);
+  w.expert_offsets = arena.take((groups + 1) * 4);
+  w.permuted_row = arena.take(slots * 4);
+  w.rows = arena.take(slots * hidden);
+  w.row_scales = arena.take(slots * hidden / kBlock * 4);
+  w.gemm1_output = arena.take(slots * 2 * inter * 2);
+  w.activation = arena.take(slots * inter);
+  w.activation_scales = arena.take(slots * inter / kBlock * 4);
+  w.gemm2_output = arena.take(slots * hidden * 2);
+  w.metadata = arena.used;
+  auto* const base = static_cast<uint8_t*>(layer.workspace);
+  buffers.gemm1 = metadata_at(base, arena, groups);
+  buffers.gemm2 = metadata_at(base, arena, groups);
+  w.gemm_workspace = arena.take(MOE_GEMM_WORKSPACE_BYTES(layer.sm_count));
+  w.total_bytes = arena.used;
+
+  buffers.expert_offsets = reinterpret_cast<int32_t*>(base + w.expert_offsets);
+  buffers.permuted_row = reinterpret_cast<int32_t*>(base + w.permuted_row);
+  buffers.rows = base + w.rows;
+  buffers.row_scales = reinterpret_cast<float*>(base + w.row_scales);
+  buffers.gemm1_output = reinterpret_cast<__nv_bfloat16*>(base + w.gemm1_output);
+  buffers.activation = base + w.activation;
+  buffers.activation_scales = reinterpret_cast<float*>(base + w.activation_scales);
+  buffers.gemm2_output = reinterpret_cast<__nv_bfloat16*>(base + w.gemm2_output);
+  buffers.gemm_workspace = base + w.gemm_workspace;
+  return w;
+}
+
+bool can_implement(MoeFp8BlockLayer const& layer) {
+  // Kernels index 16-byte units with 32 bits.
+  int64_t const most_units = int64_t(layer.num_tokens) * layer.top_k * layer.hidden_size / 8;
+  return layer.num_tokens >= 0 && layer.hidden_size > 0 && layer.hidden_size % kBlock == 0 &&
+         layer.intermediate_size > 0 && layer.intermediate_size % kBlock == 0 &&
+         layer.top_k >= 1 && layer.top_k <= kMaxTopK && layer.top_k <= layer.num_experts &&
+         layer.num_experts <= kMaxExperts && layer.num_local_experts >= 1 && layer.sm_count > 0 &&
+         layer.local_expert_offset >= 0 && layer.local_expert_offset + layer.num_local_experts <= layer.num_experts &&
+         layer.n_group >= 1 && layer.n_group <= 32 && most_units < INT_MAX;
+}
+
+int32_t run_gemm(MoeFp8BlockLayer const& layer, int variant, MoeGroupMetadata const& metadata, int n, int k, void* workspace) {
+  if (variant < 0 || variant >= moe_variant_count()) return MOE_ERROR_BAD_VARIANT;
+  MoeGroupedGemm const gemm{layer.num_local_experts, n, k, layer.sm_count, metadata, workspace, layer.stream};
+  return moe_variant(variant)->run(&gemm);
+}
+
+int32_t run_stages(MoeFp8BlockLayer const& layer, Buffers const& buffers) {
+  int const hidden = layer.hidden_size, inter = layer.intermediate_size;
+  int32_t status = 0;
+  auto stage = [&](int32_t bit, auto run) {
+    if (status == 0 && (layer.stages & bit)) status = run();
+  };
+  stage(MOE_STAGE_ROUTE, [&] { return int32_t(route(layer)); });
+  stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
+  stage(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
+  stage(MOE_STAGE_GEMM1, [&] { return run_gemm(layer, layer.gemm1_variant, buffers.gemm1, 2 * inter, hidden, buffers.gemm_workspace); });
+  stage(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
+  stage(MOE_STAGE_GEMM2, [&] { return run_gemm(layer, layer.gemm2_variant, buffers.gemm2, hidden, inter, buffers.gemm_workspace); });
+  stage(MOE_STAGE_COMBINE, [&] { return int32_t(combine(layer, buffers)); });
+  return status;
+}
+
+}  // namespace
+}  // namespace moe
+
+extern "C" int32_t moe_fp8_block_workspace(MoeFp8BlockLayer const* layer, MoeFp8BlockWorkspace* workspace) {
+  if (!moe::can_implement(*layer)) return MOE_ERROR_CANNOT_IMPLEMENT;
+  moe::Buffers buffers;
+  *workspace = moe::place(*layer, buffers);
+  return 0;
+}
+
+extern "C" int32_t moe_fp8_block_layer(MoeFp8BlockLayer const* layer) {
+  if (!moe::can_implement(*layer)) return MOE_ERROR_CANNOT_IMPLEMENT;
+  if (layer->num_tokens == 0) return 0;
+  moe::Buffers buffers;
+  MoeFp8BlockWorkspace const regions = moe::place(*layer, buffers);
+  if (regions.total_bytes > layer->workspace_bytes) return MOE_ERROR_WORKSPACE_TOO_SMALL;
+  MoeFp8BlockLayer call = *layer;
+  auto* const base = static_cast<uint8_t*>(call.workspace);
+  if (!call.topk_ids) call.topk_ids = reinterpret_cast<int32_t*>(base + regions.topk_ids);
+  if (!call.topk_weights) call.topk_weights = reinterpret_cast<float*>(base + regions.topk_weights);
+  return moe::run_stages(call, buffers);
+}
+
+extern "C" char const* moe_error_string(int32_t code) {
+  switch (code) {
+    case 0: return "no error";
+    case MOE_ERROR_BAD_VARIANT: return "no such variant in this library";
+    case MOE_ERROR_WORKSPACE_TOO_SMALL: return "the workspace is too small";
+    case MOE_ERROR_CANNOT_IMPLEMENT: return "the shape is outside what the kernels implement";
+    case MOE_ERROR_BAD_ARGUMENT: return "a combination of arguments that no kernel serves";
+    default: return cudaGetErrorString(static_cast<cudaError_t>(code));
+  }
+}

@@ -1,0 +1,169 @@
+// top_k ids -> rows grouped by local expert: a stable counting sort, then the group metadata that both grouped GEMMs
+// read. At few tokens by one block, since any second launch would cost more than the whole sort; above that by one
+// cluster, whose blocks add up their counts through distributed shared memory. Stable, so that row order is reproducible.
+#include <cooperative_groups.h>
+
+#include "ops.cuh"
+
+namespace moe {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kCountsBytes = 36 * 1024; // with the static arrays under the 48 KB that need no opt-in
+constexpr int kClusterBlocks = 8;       // the largest portable cluster
+constexpr int kSlotsOfOneBlock = 4096;
+constexpr int kStepsInFlight = 8;       // loads a lane issues together: one at a time, latency made this stage 10x slower
+
+struct GemmOperands {
+  MoeGroupMetadata meta;
+  uint8_t const* tokens;
+  float const* token_scales;
+  uint8_t const* weights;
+  float const* weight_scales;
+  __nv_bfloat16* output;
+  int n, k;
+};
+
+struct PermuteParams {
+  int32_t const* ids;
+  int32_t* permuted_row;
+  int32_t* expert_offsets;
+  int num_slots, first_expert, num_experts, counting_warps;
+  GemmOperands gemm1, gemm2;
+};
+
+__device__ void write_metadata(GemmOperands const& g, int expert, int first_row, int rows) {
+  MoeGroupMetadata const& m = g.meta;
+  int const k_blocks = g.k / kBlock, n_blocks = g.n / kBlock;
+  m.problem[3 * expert] = rows;
+  m.problem[3 * expert + 1] = g.n;
+  m.problem[3 * expert + 2] = g.k;
+  m.problem_swapped[3 * expert] = g.n;
+  m.problem_swapped[3 * expert + 1] = rows;
+  m.problem_swapped[3 * expert + 2] = g.k;
+  m.tokens[expert] = g.tokens + int64_t(first_row) * g.k;
+  m.weights[expert] = g.weights + int64_t(expert) * g.n * g.k;
+  m.token_scales[expert] = g.token_scales + int64_t(first_row) * k_blocks;
+  m.weight_scales[expert] = g.weight_scales + int64_t(expert) * n_blocks * k_blocks;
+  m.output[expert] = g.output + int64_t(first_row) * g.n;
+  m.token_stride[expert] = g.k;
+  m.weight_stride[expert] = g.k;
+  m.output_stride[expert] = g.n;
+  m.token_scale_layout[expert] = {rows, k_blocks, 1, k_blocks, rows * k_blocks};
+  m.weight_scale_layout[expert] = {n_blocks, k_blocks, 1, k_blocks, n_blocks * k_blocks};
+}
+
+// Calls body(slot, local expert or -1) for the slots [first, end), 32 neighbours at a time and in order.
+template <class Body>
+__device__ __forceinline__ void for_each_slot(PermuteParams const& p, int first, int end, int lane, Body body) {
+  for (int base = first; base < end; base += 32 * kStepsInFlight) {
+    int expert[kStepsInFlight];
+#pragma unroll
+    for (int i = 0; i < kStepsInFlight; ++i) {
+      int const slot = base + 32 * i + lane;
+      expert[i] = slot < end ? p.ids[slot] - p.first_expert : -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kStepsInFlight; ++i) {
+      bool const local = expert[i] >= 0 && expert[i] < p.num_experts;
+      if (base + 32 * i < end) body(base + 32 * i + lane, local ? expert[i] : -1);
+    }
+  }
+}
+
+__device__ __forceinline__ int inclusive_scan(int value, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    int const other = __shfl_up_sync(0xffffffffu, value, distance);
+    if (lane >= distance) value += other;
+  }
+  return value;
+}
+
+__global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
+  extern __shared__ int counts[]; // [counting_warps, num_experts]
+  __shared__ int block_rows[kMaxExperts]; // rows of each expert among this block's slots
+  __shared__ int first_row[kMaxExperts];  // where those rows start
+  __shared__ int warp_totals[kThreads / 32];
+  auto cluster = cooperative_groups::this_cluster();
+  int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x, blocks = gridDim.x;
+  allow_successor_to_start();
+  for (int i = threadIdx.x; i < p.counting_warps * p.num_experts; i += kThreads) counts[i] = 0;
+  wait_for_predecessor();
+  __syncthreads();
+
+  int const share = ceil_div(ceil_div(p.num_slots, blocks * p.counting_warps), 32) * 32;
+  int const first = warp < p.counting_warps ? (block * p.counting_warps + warp) * share : p.num_slots;
+  int const end = min(first + share, p.num_slots);
+  int* const my_counts = counts + warp * p.num_experts;
+  for_each_slot(p, first, end, lane, [&](int, int expert) {
+    if (expert >= 0) atomicAdd(&my_counts[expert], 1);
+  });
+  __syncthreads();
+
+  // One thread an expert: counts become each warp's first place among the block's rows.
+  int const expert = threadIdx.x;
+  if (expert < p.num_experts) {
+    int rows = 0;
+    for (int w = 0; w < p.counting_warps; ++w) {
+      int const count = counts[w * p.num_experts + expert];
+      counts[w * p.num_experts + expert] = rows;
+      rows += count;
+    }
+    block_rows[expert] = rows;
+  }
+  cluster.sync();
+  int rows = 0, rows_of_earlier_blocks = 0;
+  if (expert < p.num_experts) {
+    for (int b = 0; b < blocks; ++b) {
+      if (b == block) rows_of_earlier_blocks = rows;
+      rows += *cluster.map_shared_rank(&block_rows[expert], b);
+    }
+  }
+  int const inclusive = inclusive_scan(rows, lane);
+  if (lane == 31) warp_totals[warp] = inclusive;
+  __syncthreads();
+  if (expert < p.num_experts) {
+    int before = inclusive - rows;
+    for (int w = 0; w < warp; ++w) before += warp_totals[w];
+    first_row[expert] = before + rows_of_earlier_blocks;
+    if (block == 0) {
+      p.expert_offsets[expert] = before;
+      if (expert == p.num_experts - 1) p.expert_offsets[p.num_experts] = before + rows;
+      write_metadata(p.gemm1, expert, before, rows);
+      write_metadata(p.gemm2, expert, before, rows);
+    }
+  }
+  __syncthreads();
+
+  for_each_slot(p, first, end, lane, [&](int slot, int local) {
+    uint32_t const same = __match_any_sync(0xffffffffu, local);
+    int const place = local >= 0 ? my_counts[local] + __popc(same & ((1u << lane) - 1)) : 0;
+    if (slot < end) p.permuted_row[slot] = local >= 0 ? first_row[local] + place : -1;
+    __syncwarp();
+    if (local >= 0 && lane == __ffs(same) - 1) my_counts[local] += __popc(same);
+    __syncwarp();
+  });
+  cluster.sync(); // a block's shared memory must outlive the others' reads
+}
+
+}  // namespace
+
+cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
+  PermuteParams p{};
+  p.ids = layer.topk_ids;
+  p.permuted_row = b.permuted_row;
+  p.expert_offsets = b.expert_offsets;
+  p.num_slots = layer.num_tokens * layer.top_k;
+  p.first_expert = layer.local_expert_offset;
+  p.num_experts = layer.num_local_experts;
+  p.counting_warps = min(kThreads / 32, kCountsBytes / (4 * layer.num_local_experts));
+  p.gemm1 = {b.gemm1, b.rows, b.row_scales, static_cast<uint8_t const*>(layer.gemm1_weights), layer.gemm1_weights_scale,
+             b.gemm1_output, 2 * layer.intermediate_size, layer.hidden_size};
+  p.gemm2 = {b.gemm2, b.activation, b.activation_scales, static_cast<uint8_t const*>(layer.gemm2_weights), layer.gemm2_weights_scale,
+             b.gemm2_output, layer.hidden_size, layer.intermediate_size};
+  int const blocks = p.num_slots > kSlotsOfOneBlock ? kClusterBlocks : 1;
+  return launch_in_clusters(permute_kernel, blocks, blocks, kThreads, p.counting_warps * p.num_experts * sizeof(int), layer.stream, p);
+}
+
+}  // namespace moe

@@ -1,0 +1,273 @@
+"""The catalogue, its rules, and the sources rendered from it."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from codegen import emit, rules
+from codegen.__main__ import app
+from codegen.arch import ARCHES, ARCHS_VARIABLE, find_arch, parse_archs, wanted_archs
+from codegen.catalogue import CATALOGUE, Entry, entry, markdown, select, validate
+from codegen.cutlass import EpilogueScheduleType as Epilogue
+from codegen.cutlass import KernelScheduleTag
+from codegen.cutlass import KernelScheduleType as Kernel
+from codegen.errors import BuildError
+from codegen.variant import Shape, Variant
+
+ROOT = Path(__file__).resolve().parent.parent
+COOPERATIVE = Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative
+PINGPONG = Kernel.PtrArrayBlockwiseTmaWarpSpecializedPingpong
+ONE_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized1SmSm100
+TWO_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100
+NVFP4 = Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100
+SM120 = Kernel.PtrArrayTmaWarpSpecializedCooperative
+
+
+def sm90(m: int, n: int, schedule: Kernel = COOPERATIVE, *, k: int = 128, cluster=(1, 1), swap_ab=False) -> Variant:
+    return entry("sm_90a", "fp8_block", (m, n, k), schedule, "", cluster=cluster, swap_ab=swap_ab).variant
+
+
+def blackwell(arch: str, format: str, m: int, n: int, k: int, schedule: Kernel, cluster=(1, 1)) -> Variant:
+    return entry(arch, format, (m, n, k), schedule, "", cluster=cluster).variant
+
+
+BAD = [
+    (rules.schedule_belongs_to_format, dataclasses.replace(sm90(128, 128), schedule=NVFP4), "no collective"),
+    (rules.schedule_belongs_to_format, dataclasses.replace(sm90(128, 128), format="nvfp4"), "no collective"),
+    (
+        rules.epilogue_matches_schedule,
+        dataclasses.replace(sm90(64, 128, PINGPONG), epilogue_schedule=Epilogue.PtrArrayTmaWarpSpecializedCooperative),
+        "PtrArrayTmaWarpSpecializedPingpong",
+    ),
+    (rules.k_tile_is_one_scale_block, sm90(128, 128, k=256), "not 256"),
+    (rules.nvfp4_k_tile, blackwell("sm_100a", "nvfp4", 128, 64, 128, NVFP4), "not 128"),
+    (rules.nvfp4_k_tile, blackwell("sm_120a", "nvfp4", 128, 128, 256, SM120), "two of 256"),
+    (rules.weight_tile_is_whole_scale_blocks, sm90(64, 16, PINGPONG, swap_ab=True), "(64)"),
+    (rules.weight_tile_is_whole_scale_blocks, sm90(128, 64), "(64)"),
+    (rules.unswapped_weight_tile_is_one_scale_block, sm90(128, 256), "not 256"),
+    (rules.warpgroups_divide_m, sm90(64, 128), "not 64"),
+    (rules.warpgroups_divide_m, sm90(192, 128), "not 192"),
+    (rules.accumulators_fit_registers, sm90(256, 128), "128 accumulators"),
+    (rules.accumulators_fit_registers, sm90(128, 192, swap_ab=True), "96 accumulators"),
+    (rules.accumulators_fit_registers, sm90(128, 128, PINGPONG), "128 accumulators"),
+    (rules.token_tile_fits_the_epilogue, sm90(128, 24, swap_ab=True), "tile n 24"),
+    (rules.token_scales_are_masked, sm90(128, 48, swap_ab=True), "with 48 tokens"),
+    (rules.small_token_tile_has_no_token_cluster, sm90(128, 16, cluster=(1, 2), swap_ab=True), "token tile of 16"),
+    (rules.small_token_tile_has_no_token_cluster, sm90(64, 128, PINGPONG, cluster=(2, 1)), "token tile of 64"),
+    (rules.two_sm_has_a_pair, blackwell("sm_100a", "fp8_block", 256, 128, 128, TWO_SM), "got 1, 256"),
+    (rules.two_sm_has_a_pair, blackwell("sm_100a", "fp8_block", 128, 128, 128, TWO_SM, (2, 1)), "got 2, 128"),
+    (rules.one_sm_rows, blackwell("sm_100a", "fp8_block", 256, 128, 128, ONE_SM), "not 256"),
+    (rules.scale_copy_is_unmasked, blackwell("sm_100a", "fp8_block", 128, 16, 128, ONE_SM), "128x16"),
+    (rules.sm100_nvfp4_columns, blackwell("sm_100a", "nvfp4", 128, 32, 256, NVFP4), "got 32"),
+    (rules.sm100_nvfp4_columns, blackwell("sm_100a", "nvfp4", 128, 256, 256, NVFP4), "got 256"),
+    (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 128, 32, 128, SM120), "128x32"),
+    (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 64, 128, 128, SM120), "64x128"),
+    (rules.sm120_has_no_cluster, blackwell("sm_120a", "nvfp4", 128, 128, 128, SM120, (2, 1)), "2x1x1"),
+]
+
+
+@pytest.mark.parametrize(("rule", "variant", "reason"), BAD, ids=lambda value: getattr(value, "__name__", ""))
+def test_rule_rejects_with_its_reason(rule, variant, reason):
+    assert reason in rule(variant)
+    assert rule(variant) in rules.check(variant)
+
+
+def test_every_rule_has_a_bad_variant():
+    assert {rule for rule, _, _ in BAD} == set(rules.RULES)
+
+
+# What compiled without spills and gave right results, and what did not, as measured with nvcc 13.0.88.
+GOOD_TILES = [
+    *(sm90(128, 128, cluster=cluster) for cluster in ((1, 1), (1, 2), (2, 1))),
+    sm90(64, 128, PINGPONG),
+    *(sm90(128, n, swap_ab=True) for n in (8, 16, 32, 64, 96)),
+    *(sm90(128, n, PINGPONG, swap_ab=True) for n in (16, 32, 64)),
+    *(sm90(256, n, swap_ab=True) for n in (32, 64)),
+    sm90(128, 16, cluster=(2, 1), swap_ab=True),
+]
+BAD_TILES = [
+    *(sm90(m, n) for m, n in ((256, 128), (128, 256), (192, 128), (64, 128))),
+    *(sm90(m, n, swap_ab=True) for m, n in ((128, 192), (64, 32), (64, 16), (128, 24), (128, 48))),
+    *(sm90(m, n, PINGPONG) for m, n in ((128, 128), (64, 256))),
+]
+
+
+@pytest.mark.parametrize("variant", GOOD_TILES, ids=lambda v: v.name)
+def test_tiles_known_to_compile_pass(variant):
+    assert rules.check(variant) == []
+
+
+@pytest.mark.parametrize("variant", BAD_TILES, ids=lambda v: v.name)
+def test_tiles_known_to_fail_are_rejected(variant):
+    assert rules.check(variant)
+
+
+def test_catalogue_is_sound_and_reasoned():
+    validate(CATALOGUE)
+    assert all(item.why and "\n" not in item.why for item in CATALOGUE)
+    assert {v.variant for v in select("sm_90a")} == set(GOOD_TILES[:-1])
+
+
+def test_validate_names_bad_and_repeated_entries():
+    bad = Entry(sm90(128, 24, swap_ab=True), "why")
+    with pytest.raises(BuildError, match=f"{bad.variant.name}: .*tile n 24"):
+        validate([bad])
+    with pytest.raises(BuildError, match="twice"):
+        validate([CATALOGUE[0], CATALOGUE[0]])
+
+
+@pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.variant.name)
+def test_name_is_an_identifier_that_tells_the_fields(item):
+    v = item.variant
+    assert re.fullmatch(r"sm\d+a_[a-z0-9_]+", v.name)
+    assert f"_{v.tile.m}x{v.tile.n}x{v.tile.k}_{v.cluster.m}x{v.cluster.n}x1_" in v.name
+    assert v.name.endswith("_swap_ab") == v.swap_ab
+    assert ("pingpong" in v.name) == ("Pingpong" in v.schedule.name)
+
+
+def test_name_example():
+    name = "sm90a_fp8_block_128x16x128_1x1x1_warpspecialized_cooperative_swap_ab"
+    assert sm90(128, 16, swap_ab=True).name == name
+
+
+@pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.variant.name)
+def test_source_says_what_the_variant_is(item):
+    v = item.variant
+    text = emit.render(v.target, [item])[f"{v.name}.cu"]
+    assert KernelScheduleTag[v.schedule] in text
+    assert f"Shape<_{v.tile.m}, _{v.tile.n}, _{v.tile.k}>" in text
+    assert f"Shape<_{v.cluster.m}, _{v.cluster.n}, _1>" in text
+    assert f"const {v.name} = {{" in text
+    assert "{{" not in text and "{%" not in text
+
+
+def test_registry_lists_every_variant_in_order():
+    entries = select("sm_90a")
+    text = emit.render(ARCHES["sm_90a"], entries)["registry.cu"]
+    assert re.findall(r"^    &(\w+),$", text, re.MULTILINE) == [item.variant.name for item in entries]
+
+
+@pytest.mark.parametrize("arch", [arch for arch in ARCHES.values() if not arch.links], ids=lambda arch: arch.name)
+def test_arch_that_does_not_link_has_no_registry(arch):
+    assert "registry.cu" not in emit.render(arch, select(arch.name))
+
+
+def test_emission_does_not_depend_on_the_process(tmp_path):
+    """Two processes with different hash seeds write the same bytes."""
+    trees = []
+    for seed in ("0", "1"):
+        out = tmp_path / seed
+        command = [sys.executable, "-m", "codegen", "emit", "--out", str(out)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        trees.append({path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()})
+    assert trees[0] == trees[1]
+    assert len(trees[0]) > len(CATALOGUE)
+
+
+def test_emit_writes_only_what_changed_and_removes_what_is_gone(tmp_path):
+    arch = ARCHES["sm_90a"]
+    entries = select("sm_90a")[:3]
+    first = emit.emit(arch, entries, tmp_path)
+    assert {path.name for path in first.written} == {f"{e.variant.name}.cu" for e in entries} | {"registry.cu"}
+    again = emit.emit(arch, entries, tmp_path)
+    assert (again.written, again.removed) == ((), ())
+
+    other = tmp_path / arch.name / "notes.txt"
+    other.write_text("not generated")
+    fewer = emit.emit(arch, entries[:2], tmp_path)
+    assert [path.name for path in fewer.written] == ["registry.cu"]
+    assert [path.name for path in fewer.removed] == [f"{entries[2].variant.name}.cu"]
+    assert other.exists()
+    assert [unit.name for unit in fewer.units if unit.kind == "collective"] == [e.variant.name for e in entries[:2]]
+
+
+def test_template_errors_name_the_template(tmp_path, monkeypatch):
+    monkeypatch.setattr(emit, "TEMPLATES", tmp_path)
+    with pytest.raises(BuildError, match=r"templates/collective/fp8_block\.cu\.j2 does not exist"):
+        emit.render(ARCHES["sm_90a"], select("sm_90a")[:1])
+    (tmp_path / "collective").mkdir()
+    (tmp_path / "collective" / "fp8_block.cu.j2").write_text("{{ v.no_such_field }}")
+    with pytest.raises(BuildError, match="no_such_field"):
+        emit.render(ARCHES["sm_90a"], select("sm_90a")[:1])
+
+
+def test_catalogue_document_is_fresh():
+    """`python -m codegen emit` rewrites it."""
+    assert (ROOT / "generated" / "CATALOGUE.md").read_text() == markdown()
+    assert all(f"`{item.variant.name}`" in markdown() for item in CATALOGUE)
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_list_json():
+    result = run("list", "--json")
+    listed = json.loads(result.stdout)
+    assert [variant["name"] for variant in listed] == [item.variant.name for item in CATALOGUE]
+    swapped = next(v for v in listed if v["tile"] == [256, 64, 128])
+    assert swapped == {
+        "name": "sm90a_fp8_block_256x64x128_1x1x1_warpspecialized_cooperative_swap_ab",
+        "arch": "sm_90a",
+        "format": "fp8_block",
+        "family": "collective",
+        "tile": [256, 64, 128],
+        "cluster": [1, 1, 1],
+        "schedule": "PtrArrayBlockwiseTmaWarpSpecializedCooperative",
+        "swap_ab": True,
+        "stages": "auto",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "count"),
+    [(("--arch", "sm_90a"), 14), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
+)
+def test_list_filters(arguments, count):
+    assert len(json.loads(run("list", "--json", *arguments).stdout)) == count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("list", "--arch", "sm_80"), "arch: got 'sm_80'; accepted: sm_90a, sm_100a, sm_120a"),
+        (("list", "--format", "int3"), "format 'int3'"),
+        (("build", "--arch", "sm_90a", "--only", "nothing"), "only 'nothing'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    error = run(*arguments).exception
+    assert isinstance(error, BuildError)
+    assert message in str(error)
+
+
+@pytest.mark.parametrize("text", ["sm_90a", "90a", "9.0", " sm_90a; 90a,"])
+def test_arch_spellings(text):
+    assert parse_archs(text) == (ARCHES["sm_90a"],)
+
+
+def test_arch_lists(monkeypatch):
+    assert parse_archs("90a;sm_100a") == (ARCHES["sm_90a"], ARCHES["sm_100a"])
+    assert find_arch("12.0").gencode == "-gencode=arch=compute_120a,code=sm_120a"
+    monkeypatch.setenv(ARCHS_VARIABLE, "")
+    assert wanted_archs() == ()
+
+
+def test_archs_of_the_gpus_present(tmp_path, monkeypatch):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n8.0\\n'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv(ARCHS_VARIABLE, raising=False)
+    assert wanted_archs() == (ARCHES["sm_90a"],)
+
+
+def test_shape_text():
+    assert str(Shape(128, 16, 128)) == "128x16x128"

@@ -1,0 +1,120 @@
+"""The real nvcc on a small subset of the catalogue: one variant of each kind, and every op.
+
+A cold object cache makes this some minutes on two cores; a warm one, seconds.
+"""
+
+import ctypes
+import re
+import subprocess
+import sys
+
+import pytest
+
+from codegen.arch import ARCHES
+from codegen.build import Build, build, library_variants, read_manifest
+from codegen.catalogue import Entry, select
+from codegen.errors import ToolchainMissing
+from codegen.files import TEMPLATES, cache_folder
+from codegen.objects import ObjectCache
+from codegen.toolchain import NVCC_PACKAGES, Toolchain, find_toolchain
+
+pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
+
+OPS = {path.stem for path in (TEMPLATES / "ops").glob("*.cu")}
+SM90_SHARED_MEMORY = 227 * 1024  # what one thread block may have
+
+
+def chosen(arch: str, *patterns: str) -> tuple[Entry, ...]:
+    entries = tuple(entry for pattern in patterns for entry in select(arch, only=pattern))
+    assert len(entries) == len(patterns)
+    return entries
+
+
+SUBSET = {
+    "sm_90a": chosen("sm_90a", "128x128x128_1x1x1_*cooperative", "128x16x128_1x1x1_*cooperative_swap_ab"),
+    "sm_100a": chosen("sm_100a", "fp8_block_256x128x128_2x1x1_2sm_swap_ab", "nvfp4_128x64x256"),
+    "sm_120a": chosen("sm_120a", "nvfp4*cooperative"),
+}
+
+
+@pytest.fixture(scope="session")
+def toolchain() -> Toolchain:
+    try:
+        return find_toolchain()
+    except ToolchainMissing:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *NVCC_PACKAGES], check=False)
+    try:
+        return find_toolchain()
+    except ToolchainMissing as missing:
+        pytest.skip(f"no nvcc, and installing it failed: {missing}")
+
+
+@pytest.fixture(scope="session", params=SUBSET, ids=str)
+def built(request, toolchain, tmp_path_factory) -> Build:
+    folder = tmp_path_factory.mktemp(request.param)
+    return build(ARCHES[request.param], SUBSET[request.param], folder, toolchain=toolchain)
+
+
+@pytest.fixture(scope="session")
+def sm90(toolchain, tmp_path_factory) -> Build:
+    return build(ARCHES["sm_90a"], SUBSET["sm_90a"], tmp_path_factory.mktemp("library"), toolchain=toolchain)
+
+
+def test_every_unit_has_an_object(built):
+    cache = ObjectCache(cache_folder())
+    assert all(cache.object(kernel.key).stat().st_size > 0 for kernel in built.kernels)
+    names = {entry.variant.name for entry in SUBSET[built.arch.name]}
+    registry = {"registry"} if built.arch.links else set()
+    assert {kernel.name for kernel in built.kernels} == names | OPS | registry
+
+
+def test_no_kernel_spills_unless_allowed(built):
+    allowed = {entry.variant.name for entry in SUBSET[built.arch.name] if entry.allow_spill}
+    spilled = {kernel.name: kernel.spill_bytes for kernel in built.kernels if kernel.spill_bytes}
+    assert set(spilled) <= allowed
+
+
+def test_registers_were_told_for_every_kernel(built):
+    collectives = [kernel for kernel in built.kernels if kernel.kind == "collective"]
+    assert collectives
+    for kernel in collectives:
+        assert 0 < kernel.registers <= 255
+        assert kernel.compile_seconds > 0
+
+
+def test_library_manifest_tells_stages_and_shared_memory(sm90):
+    kernels = {kernel.name: kernel for kernel in sm90.kernels}
+    plain, swapped = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
+    for kernel in (plain, swapped):
+        assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
+    # A stage of the swapped tile is about half as large, so about twice as many fit.
+    assert swapped.stages > plain.stages >= 3
+    recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
+    assert recorded["library"] == sm90.library.name
+
+
+def test_blackwell_is_compiled_and_not_linked(built):
+    assert (built.library is not None) == built.arch.links
+
+
+def test_library_answers_without_a_gpu(sm90):
+    """Structs agree with CuTe's types, and the registry's functions with abi.h."""
+    variants = library_variants(sm90.library)
+    assert list(variants) == [entry.variant.name for entry in SUBSET["sm_90a"]]
+    for entry in SUBSET["sm_90a"]:
+        told, v = variants[entry.variant.name], entry.variant
+        assert told.check_abi() == 0
+        assert (told.tile_m, told.tile_n, told.tile_k) == (v.tile.m, v.tile.n, v.tile.k)
+        assert (told.cluster_m, told.cluster_n, told.swap_ab) == (v.cluster.m, v.cluster.n, v.swap_ab)
+        assert told.threads == 384  # one producer warpgroup and two that multiply
+    library = ctypes.CDLL(str(sm90.library))
+    library.moe_library_hash.restype = ctypes.c_char_p
+    assert library.moe_library_hash().decode() == sm90.library_hash
+    version = re.search(r"#define MOE_ABI_VERSION (\d+)", (TEMPLATES / "abi.h").read_text())
+    assert version and library.moe_abi_version() == int(version[1])
+
+
+def test_library_needs_no_cuda_at_run_time(sm90):
+    """The CUDA runtime is linked in; neither torch nor Python nor a driver is asked for."""
+    needed = subprocess.run(["ldd", str(sm90.library)], capture_output=True, text=True, check=True).stdout
+    assert not re.search(r"cuda|torch|python|not found", needed)
