@@ -1,0 +1,27 @@
+"""Mixture-of-experts layers for inference: generated kernels, tuned for what one rank sees.
+
+>>> layer = FusedMoE(MoEConfig.preset("deepseek-r1"), Parallel.parse("dep8", rank=0), weights, plan=Plan.load(path))
+>>> y = layer(x, router_logits)
+"""
+
+from .config import MoEConfig, RoutingMethod
+from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, Unsupported
+from .layer import FusedMoE, fused_moe
+from .parallel import Parallel
+from .tuning.plan import Plan
+from .weights import FP8BlockWeights
+
+__all__ = [
+    "FP8BlockWeights",
+    "FusedMoE",
+    "InvalidArgument",
+    "KernelError",
+    "MoEConfig",
+    "MoEError",
+    "Parallel",
+    "Plan",
+    "PlanRefused",
+    "RoutingMethod",
+    "Unsupported",
+    "fused_moe",
+]

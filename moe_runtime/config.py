@@ -1,0 +1,119 @@
+"""What one MoE layer is: its shapes, its routing and its number format."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass
+
+from .errors import InvalidArgument
+
+FORMATS = ("fp8_block",)
+FP8_BLOCK = 128
+
+
+class RoutingMethod(enum.IntEnum):
+    """How router logits become ids and weights; the numbers are those of FlashInfer's RoutingMethodType."""
+
+    Renormalize = 1
+    DeepSeekV3 = 2
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """One MoE layer as the model defines it, before it is split over ranks.
+
+    n_group, topk_group and routed_scaling_factor belong to DeepSeekV3 routing; other methods keep them at 1.
+    clamp_limit: with c, SwiGLU takes min(gate, c) and clip(up, -c, c).
+    Raises InvalidArgument for a combination that no kernel of the format serves.
+    """
+
+    name: str
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    routing_method: RoutingMethod = RoutingMethod.Renormalize
+    n_group: int = 1
+    topk_group: int = 1
+    routed_scaling_factor: float = 1.0
+    format: str = "fp8_block"
+    clamp_limit: float | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group"):
+            value = getattr(self, field)
+            if not isinstance(value, int) or value < 1:
+                raise InvalidArgument(field, repr(value), "a positive integer")
+        if self.format not in FORMATS:
+            raise InvalidArgument("format", repr(self.format), ", ".join(FORMATS))
+        for field in ("hidden_size", "intermediate_size"):
+            if getattr(self, field) % FP8_BLOCK:
+                raise InvalidArgument(
+                    field, getattr(self, field), f"a multiple of {FP8_BLOCK}", "fp8_block scales blocks of 128x128."
+                )
+        if self.top_k > self.num_experts:
+            raise InvalidArgument("top_k", self.top_k, f"at most num_experts = {self.num_experts}")
+        if self.clamp_limit is not None and not self.clamp_limit > 0:
+            raise InvalidArgument("clamp_limit", self.clamp_limit, "None or a positive number")
+        self._check_routing()
+
+    def _check_routing(self) -> None:
+        try:
+            RoutingMethod(self.routing_method)
+        except ValueError:
+            names = ", ".join(f"{method.name} = {method.value}" for method in RoutingMethod)
+            raise InvalidArgument("routing_method", repr(self.routing_method), names) from None
+        if self.routing_method != RoutingMethod.DeepSeekV3:
+            for field in ("n_group", "topk_group", "routed_scaling_factor"):
+                if getattr(self, field) != 1:
+                    raise InvalidArgument(field, getattr(self, field), "1", "Only DeepSeekV3 routing reads it.")
+            return
+        if self.num_experts % self.n_group:
+            raise InvalidArgument("n_group", self.n_group, f"a divisor of num_experts = {self.num_experts}")
+        group_size = self.num_experts // self.n_group
+        if group_size < 2:
+            raise InvalidArgument(
+                "n_group", self.n_group, "groups of 2 experts or more", "A group's score is the sum of its top 2."
+            )
+        if self.topk_group > self.n_group:
+            raise InvalidArgument("topk_group", self.topk_group, f"at most n_group = {self.n_group}")
+        if self.top_k > self.topk_group * group_size:
+            raise InvalidArgument(
+                "top_k", self.top_k, f"at most {self.topk_group * group_size}, the experts in topk_group groups"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> MoEConfig:
+        """The MoE layer of a known model. Raises InvalidArgument with the known names."""
+        try:
+            return PRESETS[name]
+        except KeyError:
+            raise InvalidArgument("preset", repr(name), ", ".join(PRESETS)) from None
+
+    def scaled(
+        self,
+        hidden_size: int | None = None,
+        intermediate_size: int | None = None,
+        num_experts: int | None = None,
+    ) -> MoEConfig:
+        """The same layer with smaller shapes, for machines that cannot hold or time the real ones."""
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}-scaled",
+            hidden_size=hidden_size or self.hidden_size,
+            intermediate_size=intermediate_size or self.intermediate_size,
+            num_experts=num_experts or self.num_experts,
+        )
+
+
+_DEEPSEEK_R1 = MoEConfig("deepseek-r1", 7168, 2048, 256, 8, RoutingMethod.DeepSeekV3, 8, 4, 2.5)
+
+PRESETS: dict[str, MoEConfig] = {
+    "qwen3-235b": MoEConfig("qwen3-235b", 4096, 1536, 128, 8),
+    "qwen3-30b": MoEConfig("qwen3-30b", 2048, 768, 128, 8),
+    "deepseek-r1": _DEEPSEEK_R1,
+    "deepseek-v3": _DEEPSEEK_R1,
+    "kimi-k2": MoEConfig("kimi-k2", 7168, 2048, 384, 8, RoutingMethod.DeepSeekV3, 1, 1, 2.827),
+    "mixtral-8x7b": MoEConfig("mixtral-8x7b", 4096, 14336, 8, 2),
+}

@@ -1,0 +1,246 @@
+"""Runs layers on the compiled kernels: one native call a layer, no allocation and no synchronisation inside."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from ..config import RoutingMethod
+from ..errors import InvalidArgument, KernelError, Unsupported
+from ..kernels import (
+    DTYPE_BF16,
+    DTYPE_E4M3,
+    DTYPE_F32,
+    KernelLibrary,
+    KernelVariant,
+    LayerArguments,
+    Stage,
+    WorkspaceLayout,
+    load_library,
+)
+from ..weights import FP8BlockWeights
+from ..workload import Workload, tokens_per_rank
+from .base import Gemm, GemmTrial, LayerInputs, MoEProblem
+
+ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
+_TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
+_AFTER_ROUTING = Stage.PERMUTE | Stage.GATHER | Stage.GEMM1 | Stage.ACTIVATION | Stage.GEMM2
+
+
+class CudaExecutor:
+    """The executor of one GPU. Raises Unsupported for a GPU without kernels, or where none are built."""
+
+    name = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        capability = torch.cuda.get_device_capability(device)
+        arch = ARCH_OF_CAPABILITY.get(capability)
+        if arch is None:
+            known = ", ".join(f"{major}.{minor}" for major, minor in ARCH_OF_CAPABILITY)
+            raise Unsupported(f"compute capability {capability[0]}.{capability[1]}: layers run on {known} only.")
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.device_name = torch.cuda.get_device_name(self.device)
+        self.library: KernelLibrary = load_library(arch)
+        self.library_hash = self.library.hash
+        self._variants = self.library.variants
+        self._sm_count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        # Looked up on every call, so each is worked out once.
+        self._template = functools.lru_cache(maxsize=256)(self._make_template)
+        self._default = functools.lru_cache(maxsize=4096)(self._choose_default)
+        self._bytes = functools.lru_cache(maxsize=4096)(self._count_bytes)
+
+    def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
+        return tuple(self._variants)
+
+    def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
+        """The smallest swapped cooperative token tile that holds the mean rows per expert, or 128x128 above 64 rows.
+
+        Means hide the spread over experts, and pingpong, clusters and wide weight tiles are left to tuning.
+        """
+        return self._default(problem, num_rows)
+
+    def _choose_default(self, problem: MoEProblem, num_rows: int) -> str:
+        config, parallel = problem.config, problem.parallel
+        experts = problem.num_local_experts if parallel.use_dp else config.num_experts
+        mean_rows = tokens_per_rank(num_rows, parallel) * config.top_k / experts
+        family = [v for v in self._variants.values() if v.name in self._default_family]
+        holds = [v for v in family if v.token_tile >= mean_rows]
+        chosen = min(holds, key=_token_tile) if holds else max(family or self._variants.values(), key=_token_tile)
+        return chosen.name
+
+    @functools.cached_property
+    def _default_family(self) -> frozenset[str]:
+        tiles = {(128, 16, True), (128, 32, True), (128, 64, True), (128, 128, False)}
+        return frozenset(
+            v.name
+            for v in self._variants.values()
+            if (v.tile[0], v.tile[1], v.swap_ab) in tiles and v.cluster == (1, 1) and "cooperative" in v.name
+        )
+
+    def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
+        if tactic not in self._variants:
+            return f"no variant {tactic} in {self.library.path.name}"
+        if self._layout(problem, 1) is None:
+            return "the shape is outside what the kernels implement (top_k <= 32, num_experts <= 1024, n_group <= 32)"
+        return None
+
+    def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
+        return self._bytes(problem, num_tokens)
+
+    def _count_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
+        layout = self._layout(problem, num_tokens)
+        if layout is None:
+            raise Unsupported(f"no kernel implements {problem} with {num_tokens} tokens.")
+        return layout.total_bytes
+
+    def run(
+        self,
+        problem: MoEProblem,
+        weights: FP8BlockWeights,
+        inputs: LayerInputs,
+        tactics: tuple[str, str],
+        output: Tensor,
+        workspace: Tensor | None,
+        finalize: bool = True,
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        num_tokens = inputs.hidden_states.shape[0]
+        if workspace is None:
+            workspace = torch.empty(self.workspace_bytes(problem, num_tokens), dtype=torch.uint8, device=output.device)
+        stages = _AFTER_ROUTING
+        if inputs.routing_logits is not None:
+            stages |= Stage.ROUTE
+        if finalize:
+            stages |= Stage.COMBINE
+        self.launch(self.arguments(problem, weights, inputs, tactics, output, workspace), stages)
+        return None if finalize else self._unfinalised(problem, inputs, workspace)
+
+    def arguments(
+        self,
+        problem: MoEProblem,
+        weights: FP8BlockWeights,
+        inputs: LayerInputs,
+        tactics: tuple[str, str],
+        output: Tensor | None,
+        workspace: Tensor,
+    ) -> LayerArguments:
+        """The native call's arguments, without stages. They hold addresses, not tensors: keep those alive."""
+        # A fresh copy, because the native call runs without the interpreter's lock.
+        args = LayerArguments.from_buffer_copy(self._template(problem))
+        x, scale, logits, bias = (
+            inputs.hidden_states,
+            inputs.hidden_states_scale,
+            inputs.routing_logits,
+            inputs.routing_bias,
+        )
+        args.num_tokens = x.shape[0]
+        try:
+            args.gemm1_variant = self._variants[tactics[0]].index
+            args.gemm2_variant = self._variants[tactics[1]].index
+        except KeyError as unknown:
+            raise InvalidArgument("tactics", unknown, f"variants of {self.library.path.name}", _TUNE_AGAIN) from None
+        args.hidden_states = x.data_ptr()
+        if scale is not None:
+            args.hidden_states_dtype = DTYPE_E4M3
+            args.hidden_states_scale = scale.data_ptr()
+            args.scale_token_stride, args.scale_block_stride = scale.stride()
+        if logits is not None:
+            args.routing_logits = logits.data_ptr()
+            args.routing_logits_dtype = DTYPE_F32 if logits.dtype is torch.float32 else DTYPE_BF16
+        if bias is not None:
+            args.routing_bias = bias.data_ptr()
+            args.routing_bias_dtype = DTYPE_F32 if bias.dtype is torch.float32 else DTYPE_BF16
+        if inputs.topk_ids is not None and inputs.topk_weights is not None:
+            args.topk_ids = inputs.topk_ids.data_ptr()
+            args.topk_weights = inputs.topk_weights.data_ptr()
+        args.gate_first = weights.gate_first
+        args.gemm1_weights = weights.gate_up.data_ptr()
+        args.gemm1_weights_scale = weights.gate_up_scale.data_ptr()
+        args.gemm2_weights = weights.down.data_ptr()
+        args.gemm2_weights_scale = weights.down_scale.data_ptr()
+        if output is not None:
+            args.output = output.data_ptr()
+        args.workspace = workspace.data_ptr()
+        args.workspace_bytes = workspace.numel()
+        return args
+
+    def launch(self, args: LayerArguments, stages: Stage | int) -> None:
+        """Runs the stages on the current stream. Raises KernelError."""
+        index = self.device.index
+        # torch's raw accessors, which its own compiled code uses: the public ones build objects, 3 us of a 40 us call.
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(self.device):
+                return self.launch(args, stages)
+        args.stages = stages
+        args.stream = torch._C._cuda_getCurrentRawStream(index)
+        code = self.library.layer(ctypes.addressof(args))
+        if code:
+            names = list(self._variants)
+            used = f"{names[args.gemm1_variant]} + {names[args.gemm2_variant]}"
+            raise KernelError(used, str(Stage(args.stages)), code, self.library.error_string(code))
+        return None
+
+    def view(
+        self,
+        problem: MoEProblem,
+        workspace: Tensor,
+        num_tokens: int,
+        region: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """A region of a workspace (a field of WorkspaceLayout) as a tensor."""
+        layout = self._layout(problem, num_tokens)
+        assert layout is not None
+        start = getattr(layout, region)
+        count = dtype.itemsize
+        for extent in shape:
+            count *= extent
+        return workspace[start : start + count].view(dtype).view(shape)
+
+    def gemm_trial(
+        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm, seed: int
+    ) -> GemmTrial:
+        from .cuda_trial import CudaGemmTrial
+
+        return CudaGemmTrial(self, problem, weights, workload, gemm, seed)
+
+    def _unfinalised(
+        self, problem: MoEProblem, inputs: LayerInputs, workspace: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tokens, k, hidden = inputs.hidden_states.shape[0], problem.config.top_k, problem.config.hidden_size
+        view = functools.partial(self.view, problem, workspace, tokens)
+        weights = inputs.topk_weights
+        if weights is None:
+            weights = view("topk_weights", (tokens, k), torch.float32)
+        rows = view("gemm2_output", (tokens * k, hidden), torch.bfloat16)
+        return rows, weights, view("permuted_row", (tokens, k), torch.int32)
+
+    def _make_template(self, problem: MoEProblem) -> LayerArguments:
+        config = problem.config
+        return LayerArguments(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_experts=config.num_experts,
+            top_k=config.top_k,
+            local_expert_offset=problem.local_expert_offset,
+            num_local_experts=problem.num_local_experts,
+            routing_method=RoutingMethod(config.routing_method).value,
+            n_group=config.n_group,
+            topk_group=config.topk_group,
+            routed_scaling_factor=config.routed_scaling_factor,
+            clamp_limit=config.clamp_limit or 0.0,
+            hidden_states_dtype=DTYPE_BF16,
+            sm_count=self._sm_count,
+        )
+
+    def _layout(self, problem: MoEProblem, num_tokens: int) -> WorkspaceLayout | None:
+        args = LayerArguments.from_buffer_copy(self._template(problem))
+        args.num_tokens = num_tokens
+        return self.library.workspace_layout(args)
+
+
+def _token_tile(variant: KernelVariant) -> int:
+    return variant.token_tile

@@ -1,0 +1,68 @@
+"""What the GPU tests share: shapes, workloads with given group sizes, float64 references."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
+from moe_runtime.executors import get_executor
+from moe_runtime.executors.base import MoEProblem
+from moe_runtime.executors.cuda import CudaExecutor
+from moe_runtime.workload import Workload
+
+RAGGED = (0, 1, 3, 17, 128, 200, 513)
+PROBLEMS = {
+    "qwen3-235b-dep2": MoEProblem(MoEConfig.preset("qwen3-235b"), Parallel.parse("dep2", rank=1)),
+    "deepseek-r1-dep8": MoEProblem(MoEConfig.preset("deepseek-r1"), Parallel.parse("dep8", rank=3)),
+}
+
+
+@functools.cache
+def executor() -> CudaExecutor:
+    found = get_executor("cuda")
+    assert isinstance(found, CudaExecutor)
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def weights(problem: MoEProblem) -> FP8BlockWeights:
+    return FP8BlockWeights.random(problem.config, problem.num_local_experts, seed=1, device="cuda")
+
+
+def ragged_workload(problem: MoEProblem, sizes: tuple[int, ...] = RAGGED) -> Workload:
+    """Local expert e gets sizes[e % len(sizes)] rows, scattered over the tokens; spare slots are absent (-1)."""
+    first, k = problem.local_expert_offset, problem.config.top_k
+    counts = torch.tensor([sizes[e % len(sizes)] for e in range(problem.num_local_experts)])
+    ids = torch.repeat_interleave(torch.arange(first, first + problem.num_local_experts), counts)
+    tokens = -(-len(ids) // k) + 1
+    ids = torch.cat([ids, torch.full((tokens * k - len(ids),), -1)])
+    ids = ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))]
+    return Workload(problem.config, problem.parallel, tokens, "ragged", 0, ids.view(tokens, k).to(torch.int32))
+
+
+def dequantise(values: Tensor, scale: Tensor, block_rows: int) -> Tensor:
+    """e4m3 [N, K] times its scale, spelt out by repetition, in float64."""
+    expanded = scale.double().repeat_interleave(block_rows, 0).repeat_interleave(128, 1)
+    return values.double() * expanded
+
+
+def grouped_reference(rows: Tensor, row_scales: Tensor, weight: Tensor, weight_scale: Tensor, counts: Tensor) -> Tensor:
+    """float64 [rows, N]: each group's rows times its expert's weights."""
+    out = torch.empty(rows.shape[0], weight.shape[1], dtype=torch.float64, device=rows.device)
+    first = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            group = slice(first, first + count)
+            out[group] = (
+                dequantise(rows[group], row_scales[group], 1) @ dequantise(weight[expert], weight_scale[expert], 128).T
+            )
+            first += count
+    return out
+
+
+def relative_error(out: Tensor, reference: Tensor) -> float:
+    """||out - ref|| / ||ref||; NaN in out gives NaN, which no bound admits."""
+    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()

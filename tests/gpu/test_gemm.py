@@ -1,0 +1,60 @@
+"""Every compiled variant against a float64 reference at ragged group sizes, on both GEMMs of two models."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_runtime.executors.cuda_trial import CudaGemmTrial
+from moe_runtime.kernels import library_path, load_library
+from tests.gpu import support
+
+VARIANTS = list(load_library("sm_90a").variants) if library_path("sm_90a") else []
+
+
+@functools.lru_cache(maxsize=1)
+def trial_and_reference(problem_name: str, gemm: str) -> tuple[CudaGemmTrial, Tensor]:
+    problem = support.PROBLEMS[problem_name]
+    weights = support.weights(problem)
+    workload = support.ragged_workload(problem)
+    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=2)  # type: ignore[arg-type]
+    weight, scale = (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
+    return trial, support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
+
+
+@pytest.mark.parametrize("gemm", ["gemm1", "gemm2"])
+@pytest.mark.parametrize("problem_name", support.PROBLEMS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ragged_groups(problem_name: str, gemm: str, variant: str) -> None:
+    trial, reference = trial_and_reference(problem_name, gemm)
+    out = trial.run(variant)
+    assert support.relative_error(out, reference) <= 3e-3
+    worst = ((out.double() - reference).abs() / reference.abs().clamp(min=reference.std().item())).max().item()
+    assert worst <= 2e-2
+
+
+@pytest.mark.parametrize("problem_name", support.PROBLEMS)
+def test_trial_reference_agrees(problem_name: str) -> None:
+    trial, reference = trial_and_reference(problem_name, "gemm1")
+    index, values = trial.reference()
+    assert len(index) >= 16
+    assert support.relative_error(values, reference[index]) <= 1e-5
+
+
+@pytest.mark.parametrize("sizes", [(0,), (0, 1), (1,), (513, 0, 0, 0)], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sparse_groups(variant: str, sizes: tuple[int, ...]) -> None:
+    problem = support.PROBLEMS["qwen3-235b-dep2"]
+    weights, workload = support.weights(problem), support.ragged_workload(problem, sizes)
+    trial = CudaGemmTrial(support.executor(), problem, weights, workload, "gemm2", seed=3)
+    reference = support.grouped_reference(
+        trial.tokens, trial.scales, weights.down, weights.down_scale, workload.rows_per_expert
+    )
+    out = trial.run(variant)
+    torch.cuda.synchronize()
+    assert out.shape == reference.shape
+    if sizes != (0,):
+        assert support.relative_error(out, reference) <= 3e-3

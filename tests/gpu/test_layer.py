@@ -1,0 +1,152 @@
+"""Whole layers on the GPU against the float64 reference, and what a server relies on around them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_runtime import FP8BlockWeights, FusedMoE, InvalidArgument, MoEConfig, Parallel
+from moe_runtime.config import RoutingMethod
+from moe_runtime.executors.base import LayerInputs, MoEProblem
+from moe_runtime.formats.fp8_block import quantise_rows
+from moe_runtime.ops import fp8_block_scale_moe
+from moe_runtime.reference import reference_layer, relative_error
+from moe_runtime.routing import route
+from moe_runtime.workload import make_workload
+from tests.gpu import support
+
+LAYER_BOUND = 1e-2
+CONFIGS = {
+    "renormalise": MoEConfig("renormalise", 512, 384, 64, 8),
+    "deepseek": MoEConfig("deepseek", 1024, 256, 64, 8, RoutingMethod.DeepSeekV3, 8, 4, 2.5),
+    "clamped": MoEConfig("clamped", 256, 128, 16, 4, clamp_limit=0.5),
+}
+
+
+def small(name: str, parallel: str, rank: int) -> tuple[MoEProblem, FP8BlockWeights, FusedMoE]:
+    config, layout = CONFIGS[name], Parallel.parse(parallel, rank)
+    problem = MoEProblem(config, layout)
+    weights = FP8BlockWeights.random(config, problem.num_local_experts, seed=7, device="cuda")
+    return problem, weights, FusedMoE(config, layout, weights)
+
+
+def tokens(config: MoEConfig, count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(count, config.hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 129, 1000])
+@pytest.mark.parametrize("layout", [("ep1", 0), ("ep4", 3), ("dep2", 1)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_router_logits(name: str, layout: tuple[str, int], num_tokens: int) -> None:
+    problem, weights, layer = small(name, *layout)
+    x = tokens(problem.config, num_tokens)
+    logits = torch.randn(num_tokens, problem.config.num_experts, device="cuda")
+    output = torch.full_like(x, torch.nan)
+    assert layer(x, logits, output=output) is output
+    ids, topk_weights = route(problem.config, logits)
+    assert relative_error(output, reference_layer(problem, weights, x, ids, topk_weights)) <= LAYER_BOUND
+
+
+@pytest.mark.parametrize("problem_name", support.PROBLEMS)
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_real_shapes(problem_name: str, num_tokens: int) -> None:
+    problem = support.PROBLEMS[problem_name]
+    weights = support.weights(problem)
+    ids = make_workload(problem.config, problem.parallel, num_tokens, "random", 5).topk_ids.cuda()
+    topk_weights = torch.rand(ids.shape, device="cuda")
+    x = tokens(problem.config, num_tokens)
+    out = FusedMoE(problem.config, problem.parallel, weights)(x, topk_ids=ids, topk_weights=topk_weights)
+    assert relative_error(out, reference_layer(problem, weights, x, ids, topk_weights)) <= LAYER_BOUND
+
+
+def test_ids_outside_the_shard() -> None:
+    problem, weights, layer = small("renormalise", "ep4", 1)
+    x = tokens(problem.config, 40)
+    ids = torch.randint(-1, 70, (40, 8), device="cuda", dtype=torch.int32)
+    topk_weights = torch.rand(40, 8, device="cuda")
+    out = layer(x, topk_ids=ids, topk_weights=topk_weights)
+    assert relative_error(out, reference_layer(problem, weights, x, ids, topk_weights)) <= LAYER_BOUND
+    remote = torch.full_like(ids, -1)
+    poisoned = torch.full_like(x, torch.nan)
+    assert not layer(x, topk_ids=remote, topk_weights=topk_weights, output=poisoned).any()
+    assert layer(x[:0], topk_ids=ids[:0], topk_weights=topk_weights[:0]).shape == (0, problem.config.hidden_size)
+
+
+def test_every_tactic_gives_the_same_layer() -> None:
+    problem, weights, _ = small("renormalise", "ep1", 0)
+    x = tokens(problem.config, 200)
+    logits = torch.randn(200, problem.config.num_experts, device="cuda")
+    ids, topk_weights = route(problem.config, logits)
+    reference = reference_layer(problem, weights, x, ids, topk_weights)
+    for tactic in support.executor().tactics(problem, "gemm1"):
+        output = torch.full_like(x, torch.nan)
+        support.executor().run(problem, weights, LayerInputs(x, routing_logits=logits), (tactic, tactic), output, None)
+        assert relative_error(output, reference) <= LAYER_BOUND, tactic
+
+
+def test_results_repeat_bit_for_bit() -> None:
+    problem, _, layer = small("deepseek", "ep1", 0)
+    x, logits = tokens(problem.config, 500), torch.randn(500, 64, device="cuda")
+    first = layer(x, logits)
+    for _ in range(20):
+        assert torch.equal(first, layer(x, logits))
+
+
+def test_cuda_graph_replays_new_inputs() -> None:
+    problem, _, layer = small("deepseek", "ep2", 1)
+    x, logits = tokens(problem.config, 64), torch.randn(64, 64, device="cuda")
+    workspace = torch.empty(layer.workspace_bytes(64), dtype=torch.uint8, device="cuda")
+    output = torch.empty_like(x)
+    layer(x, logits, output=output, workspace=workspace)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer(x, logits, output=output, workspace=workspace)
+    x.copy_(tokens(problem.config, 64, seed=9))
+    logits.normal_()
+    output.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(output, layer(x, logits))
+
+
+def test_torch_compile_sees_one_op() -> None:
+    problem, _, layer = small("renormalise", "ep2", 0)
+    x, logits = tokens(problem.config, 16), torch.randn(16, 64, device="cuda")
+    compiled = torch.compile(lambda a, b: layer(a, b) * 2, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, logits), layer(x, logits) * 2)
+
+
+def test_flashinfer_names() -> None:
+    problem, weights, layer = small("deepseek", "ep2", 1)
+    config = problem.config
+    x, logits = tokens(config, 33), torch.randn(33, 64, device="cuda")
+    bias = torch.rand(64, device="cuda") * 0.1
+    values, scale = quantise_rows(x)
+    swapped = torch.cat(weights.gate_up.view(torch.uint8).chunk(2, 1)[::-1], 1).view(torch.float8_e4m3fn)
+    swapped_scale = torch.cat(weights.gate_up_scale.chunk(2, 1)[::-1], 1)
+    arguments = (
+        logits, bias, values, scale.T.contiguous(), swapped, swapped_scale, weights.down, weights.down_scale,
+        64, 8, 8, 4, config.intermediate_size, 32, 32, 2.5, 2,
+    )  # fmt: skip
+    out = fp8_block_scale_moe(*arguments)
+    assert isinstance(out, Tensor)
+    assert torch.equal(out, layer(x, logits, routing_bias=bias))
+    rows, topk_weights, index = fp8_block_scale_moe(*arguments, do_finalize=False)
+    index = index.view(33, 8).long()
+    local = torch.where(index >= 0, topk_weights, 0).unsqueeze(-1)
+    assert relative_error((rows[index.clamp(min=0)].double() * local).sum(1), out.double()) <= 3e-3
+
+
+def test_small_workspace_is_refused() -> None:
+    problem, _, layer = small("renormalise", "ep1", 0)
+    x, logits = tokens(problem.config, 16), torch.randn(16, 64, device="cuda")
+    workspace = torch.empty(layer.workspace_bytes(16) - 1, dtype=torch.uint8, device="cuda")
+    with pytest.raises(InvalidArgument, match="workspace"):
+        layer(x, logits, workspace=workspace)
+
+
+def test_remote_tensors_are_refused() -> None:
+    problem, _, layer = small("renormalise", "ep1", 0)
+    with pytest.raises(InvalidArgument, match="routing_logits"):
+        layer(tokens(problem.config, 4), torch.randn(4, 64))
