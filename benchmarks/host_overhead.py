@@ -1,0 +1,82 @@
+"""What does one eager layer call cost the host, and which part of it?
+
+    python -m benchmarks.host_overhead --json FILE
+
+Batches of calls short enough not to fill the launch queue, on a layer small enough for the GPU to keep up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import cuda_executor, provenance, write_json
+from benchmarks.layer import LAYER
+from moe_runtime import FP8BlockWeights, FusedMoE, MoEConfig, Parallel
+from moe_runtime.executors.base import LayerInputs, MoEProblem
+from moe_runtime.kernels import Stage
+
+CALLS_A_BATCH = 20
+BATCHES = 200
+
+
+def host_us(call: Callable[[], object]) -> float:
+    samples = []
+    for _ in range(BATCHES):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS_A_BATCH):
+            call()
+        samples.append((time.perf_counter() - begin) / CALLS_A_BATCH * 1e6)
+    return statistics.median(samples)
+
+
+def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
+    executor = cuda_executor()
+    config, parallel = MoEConfig("small", 512, 512, 32, 4), Parallel.parse("ep1")
+    problem = MoEProblem(config, parallel)
+    weights = FP8BlockWeights.random(config, 32, device="cuda")
+    layer = FusedMoE(config, parallel, weights)
+    x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
+    logits = torch.randn(8, 32, device="cuda")
+    inputs = LayerInputs(x, routing_logits=logits)
+    output = torch.empty_like(x)
+    workspace = torch.empty(executor.workspace_bytes(problem, 8), dtype=torch.uint8, device="cuda")
+    name = executor.default_tactic(problem, "gemm1", 8)
+    args = executor.arguments(problem, weights, inputs, (name, name), output, workspace)
+
+    def stages(which: Stage) -> float:
+        return host_us(lambda: executor.launch(args, which))
+
+    tactics, given = (name, name), (output, workspace)
+    ids, topk_weights = torch.zeros(8, 4, dtype=torch.int32, device="cuda"), torch.ones(8, 4, device="cuda")
+    empty_call = stages(Stage(0))
+    parts = {
+        "layer(x, logits): the whole call": host_us(lambda: layer(x, logits)),
+        "layer(x, topk_ids=..., topk_weights=...)": host_us(lambda: layer(x, topk_ids=ids, topk_weights=topk_weights)),
+        "executor.run, output and workspace given": host_us(
+            lambda: executor.run(problem, weights, inputs, tactics, *given)
+        ),
+        "arguments of the native call": host_us(lambda: executor.arguments(problem, weights, inputs, tactics, *given)),
+        "native call that launches nothing": empty_call,
+        "seven kernel launches": stages(LAYER | Stage.ROUTE) - empty_call,
+        "of them a collective": stages(Stage.GEMM1) - empty_call,
+        "of them a small kernel": stages(Stage.PERMUTE) - empty_call,
+    }
+    table = Table("part of an eager call", "us")
+    for part, us in parts.items():
+        table.add_row(part, f"{us:.1f}")
+    Console().print(table)
+    write_json(json, {"benchmark": "host_overhead", "environment": provenance(executor), "us": parts})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,202 @@
+"""moe-runtime tune | run | info | variants."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+import typer
+from rich import box
+from rich.table import Table
+
+from . import machine
+from .config import PRESETS, MoEConfig
+from .errors import InvalidArgument, MoEError, Unsupported
+from .executors import get_executor
+from .executors.base import GEMMS, Executor, MoEProblem
+from .kernels import library_path
+from .parallel import Parallel
+from .tables import make_console, plan_table
+from .trial_run import run_once
+from .tuning import Plan
+from .tuning.session import tune_into
+from .weights import FP8BlockWeights
+from .workload import DISTRIBUTION_VARIABLE, DISTRIBUTIONS, check_distribution, default_distribution
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Mixture-of-experts layers: tune, run, look.")
+out, err = make_console(), make_console(stderr=True)
+
+DEVICES = ("cuda", "cpu")
+
+ModelOption = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
+ParallelOption = Annotated[str, typer.Option(help="dep<N> (attention data-parallel) or ep<N>, such as dep8 or ep2.")]
+RankOption = Annotated[int, typer.Option(help="The rank whose share is run, 0 to N - 1.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
+ScaleOption = Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate size by this.")]
+SmallOption = Annotated[bool, typer.Option("--small", help="Scale the layer to what this machine's CPU can time.")]
+SeedOption = Annotated[int, typer.Option(help="Of the random weights, rows and routing.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout in place of a table.")]
+
+
+@app.command()
+def tune(
+    model: ModelOption,
+    parallel: ParallelOption,
+    max_tokens: Annotated[int, typer.Option(help="tune_max_num_tokens: the most tokens per rank of a call.")] = 8192,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The plan's file; by default one in the plan folder.")
+    ] = None,
+    distribution: Annotated[
+        str | None, typer.Option(help=f"{' or '.join(DISTRIBUTIONS)}; by default {DISTRIBUTION_VARIABLE}, or balanced.")
+    ] = None,
+    rank: RankOption = 0,
+    device: DeviceOption = None,
+    scale: ScaleOption = 1,
+    small: SmallOption = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Time every tactic on what one rank sees and write the plan. Stopped by Ctrl-C, the same command goes on."""
+    problem = MoEProblem(_config(model, scale, small), Parallel.parse(parallel, rank))
+    chosen = default_distribution() if distribution is None else check_distribution(distribution)
+    executor = _executor(device)
+    slug = machine.device_slug(executor.device_name)
+    path = output or machine.plan_folder() / f"{problem.config.name}-{parallel}-{chosen}-{max_tokens}-{slug}.json"
+    err.print(f"tuning {_title(problem)} on {executor.device_name}: {chosen} routing, up to {max_tokens} tokens a rank")
+    weights = FP8BlockWeights.random(problem.config, problem.num_local_experts, seed, executor.name)
+    try:
+        plan = tune_into(path, problem, weights, executor, max_tokens, chosen, seed, err)
+    except KeyboardInterrupt:
+        err.print(f"stopped; buckets tuned so far are kept in {path}: the same command goes on from there")
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(msgspec.to_builtins(plan), indent=2))
+    else:
+        out.print(plan_table(plan))
+    err.print(f"wrote {path}")
+
+
+@app.command()
+def run(
+    model: ModelOption,
+    parallel: ParallelOption,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank; under dep<N> the kernels get N times as many.")],
+    plan: Annotated[Path | None, typer.Option(help="A tuned plan; without one the default tactics run.")] = None,
+    rank: RankOption = 0,
+    device: DeviceOption = None,
+    scale: ScaleOption = 1,
+    small: SmallOption = False,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Run one layer on random weights and rows; print its time and its error against a float64 reference."""
+    problem = MoEProblem(_config(model, scale, small), Parallel.parse(parallel, rank))
+    tuned = None if plan is None else Plan.load(plan)
+    executor = _executor(device)
+    if tuned is not None:
+        tuned.require(problem, executor.device_name, executor.library_hash)
+    weights = FP8BlockWeights.random(problem.config, problem.num_local_experts, seed, executor.name)
+    result = run_once(problem, weights, tuned, tokens, seed)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(result), indent=2))
+        return
+    out.print(f"{_title(problem)} on {executor.device_name}, {tokens} tokens a rank: {result.rows} rows")
+    for gemm, tactic in zip(GEMMS, result.tactics, strict=True):
+        out.print(f"  {gemm}   {tactic} ({'default' if tuned is None else 'plan'})")
+    out.print(f"  time    {result.us:.1f} us")
+    out.print(f"  error   {result.error:.2e} against float64 that quantises where the kernels do")
+    out.print(f"          {result.format_error:.2e} against float64 on unrounded activations")
+
+
+@app.command()
+def info(as_json: JsonOption = False) -> None:
+    """Say what was found here (GPU, nvcc, CUTLASS, library, archs, plan folder), and what to do about what is not."""
+    facts = list(machine.facts())
+    if as_json:
+        print(json.dumps([dataclasses.asdict(fact) for fact in facts], indent=2))
+        return
+    for fact in facts:
+        out.print(f"{fact.name:<{max(len(fact.name) for fact in facts)}}  {fact.found or f'missing: {fact.todo}'}")
+
+
+@app.command()
+def variants(
+    arch: Annotated[str | None, typer.Option(help="One arch, such as sm_90a.")] = None, as_json: JsonOption = False
+) -> None:
+    """List the kernel variants of the catalogue and, where they were compiled here, what the build found."""
+    rows = _variants(arch)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    table = Table(title=f"{len(rows)} variants; blank: not compiled here", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("variant", overflow="fold")
+    for column in ("compile s", "registers", "spill B", "shared KiB"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(row["name"], *_build_cells(row["build"]))
+    out.print(table)
+
+
+def _variants(arch: str | None) -> list[dict[str, Any]]:
+    catalogue, errors = machine.generator("catalogue"), machine.generator("errors")
+    try:
+        entries = catalogue.select(machine.generator("arch").find_arch(arch).name if arch else None)
+    except errors.BuildError as error:
+        raise InvalidArgument("arch", repr(arch), ", ".join(machine.generator("arch").ARCHES)) from error
+    built = {kernel["name"]: kernel for name in machine.generator("arch").ARCHES for kernel in _manifest_kernels(name)}
+    return [entry.variant.record() | {"why": entry.why, "build": built.get(entry.variant.name)} for entry in entries]
+
+
+def _manifest_kernels(arch: str) -> list[dict[str, Any]]:
+    """What the build recorded beside the library that would be loaded, else in the generator's own folder."""
+    library = library_path(arch)
+    beside = [library.parent, library.parent.parent] if library else [machine.generator("files").generated_folder()]
+    for folder in beside:
+        recorded = machine.generator("build").read_manifest(folder / "manifest.json").get(arch)
+        if recorded is not None:
+            return list(recorded["kernels"])
+    return []
+
+
+def _build_cells(build: dict[str, Any] | None) -> list[str]:
+    if build is None:
+        return [""] * 4
+    shared = build["dynamic_shared_memory"]
+    kibibytes = "" if shared is None else f"{(shared + build['static_shared_memory']) / 1024:.0f}"
+    return [f"{build['compile_seconds']:.0f}", str(build["registers"]), str(build["spill_bytes"]), kibibytes]
+
+
+def _executor(device: str | None) -> Executor:
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in DEVICES:
+        raise InvalidArgument("--device", repr(name), " or ".join(DEVICES))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise Unsupported("--device cuda, but torch sees no GPU here: `moe-runtime info` says what was found")
+    return get_executor(name)
+
+
+def _config(model: str, scale: int, small: bool) -> MoEConfig:
+    config = MoEConfig.preset(model)
+    if small and scale > 1:
+        raise InvalidArgument("--small", f"with --scale {scale}", "one of the two")
+    if small:
+        return machine.scaled_to_cpu(config)
+    return config if scale == 1 else machine.scaled_by(config, scale)
+
+
+def _title(problem: MoEProblem) -> str:
+    return f"{problem.config.name} under {problem.parallel} ({machine.shape_text(problem.config)})"
+
+
+def main() -> None:
+    """Runs the command line; exit status 2 and one line for an error of the user's or the machine's making."""
+    try:
+        app()
+    except MoEError as error:
+        err.print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
