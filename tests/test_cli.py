@@ -67,9 +67,7 @@ def test_tune_without_output_uses_the_plan_folder(
     assert "per_expert_loop" in result.out
 
 
-def test_interrupted_tune_keeps_its_buckets(
-    moe_runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_tune_keeps_its_buckets(moe_runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> Plan:
         raise KeyboardInterrupt
 
@@ -140,9 +138,7 @@ def test_info_says_what_is_missing(moe_runtime: Any, monkeypatch: pytest.MonkeyP
         assert facts[name]["found"] is None and todo in facts[name]["todo"]
 
 
-def test_variants_join_catalogue_and_build(
-    moe_runtime: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_variants_join_catalogue_and_build(moe_runtime: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = [row["name"] for row in json.loads(moe_runtime("variants", "--arch", "sm_90a", "--json").out)]
     assert names and len(set(names)) == len(names)
     kernel = {

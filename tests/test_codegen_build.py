@@ -233,6 +233,15 @@ def test_undefined_symbol_fails_the_link(tree):
         tree.build()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as a terminal's foreground job sees it; a background shell starts its jobs with the signal ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_interrupted_build_kills_its_compiler_and_goes_on_later(tree, tmp_path):
     blocker = tmp_path / "blocker"
     blocker.touch()

@@ -157,9 +157,7 @@ def closed_form_bucket(x: int, parallel: Parallel, tune_max: int) -> int:
     return min(floor, 8192, 2 ** int(math.log2(tune_max)))
 
 
-@given(
-    st.sampled_from(["dep", "ep"]), st.integers(1, 64), st.integers(0, 1 << 20), st.integers(1, 40_000)
-)
+@given(st.sampled_from(["dep", "ep"]), st.integers(1, 64), st.integers(0, 1 << 20), st.integers(1, 40_000))
 @settings(max_examples=300)
 def test_bucket_formula(regime: str, size: int, x: int, tune_max: int) -> None:
     parallel = Parallel(regime, size)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import MoEProblem
+from moe_runtime.executors.base import LayerInputs, MoEProblem
 from moe_runtime.executors.cuda import CudaExecutor
+from moe_runtime.kernels import Stage
 from moe_runtime.workload import Workload
 
 RAGGED = (0, 1, 3, 17, 128, 200, 513)
@@ -30,6 +31,33 @@ def executor() -> CudaExecutor:
 @functools.lru_cache(maxsize=1)
 def weights(problem: MoEProblem) -> FP8BlockWeights:
     return FP8BlockWeights.random(problem.config, problem.num_local_experts, seed=1, device="cuda")
+
+
+class Call:
+    """One layer call whose stages can be run and whose regions can be read one by one."""
+
+    def __init__(self, problem: MoEProblem, weights: FP8BlockWeights, inputs: LayerInputs) -> None:
+        self.problem, self.executor = problem, executor()
+        self.tokens, self.config = inputs.hidden_states.shape[0], problem.config
+        self.inputs, self.weights = inputs, weights
+        self.output = torch.full((self.tokens, self.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cuda")
+        size = self.executor.workspace_bytes(problem, self.tokens)
+        self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
+        tactic = self.executor.default_tactic(problem, "gemm1", self.tokens)
+        self.arguments = self.executor.arguments(
+            problem, self.weights, inputs, (tactic, tactic), self.output, self.workspace
+        )
+
+    def run(self, stages: Stage) -> Call:
+        self.executor.launch(self.arguments, stages)
+        return self
+
+    def region(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.executor.view(self.problem, self.workspace, self.tokens, name, shape, dtype)
+
+    @property
+    def permuted_row(self) -> Tensor:
+        return self.region("permuted_row", self.tokens, self.config.top_k, dtype=torch.int32)
 
 
 def ragged_workload(problem: MoEProblem, sizes: tuple[int, ...] = RAGGED) -> Workload:

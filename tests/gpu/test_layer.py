@@ -10,13 +10,19 @@ from moe_runtime import FP8BlockWeights, FusedMoE, InvalidArgument, MoEConfig, P
 from moe_runtime.config import RoutingMethod
 from moe_runtime.executors.base import LayerInputs, MoEProblem
 from moe_runtime.formats.fp8_block import quantise_rows
+from moe_runtime.kernels import Stage
 from moe_runtime.ops import fp8_block_scale_moe
 from moe_runtime.reference import reference_layer, relative_error
 from moe_runtime.routing import route
 from moe_runtime.workload import make_workload
 from tests.gpu import support
 
-LAYER_BOUND = 1e-2
+# Against a reference that rounds at the same points. The tensor cores add e4m3 products with about 13 bits, so GEMM1's
+# result differs by some 5e-4 from exact; that moves a few percent of the activations to the neighbouring e4m3 code, 6
+# to 12 % away, and those make 1 to 2 % of the layer. What the kernels themselves add is held to less in
+# test_from_the_kernels_own_gemm1.
+LAYER_BOUND = 3e-2
+SECOND_HALF_BOUND = 5e-3
 CONFIGS = {
     "renormalise": MoEConfig("renormalise", 512, 384, 64, 8),
     "deepseek": MoEConfig("deepseek", 1024, 256, 64, 8, RoutingMethod.DeepSeekV3, 8, 4, 2.5),
@@ -47,6 +53,36 @@ def test_router_logits(name: str, layout: tuple[str, int], num_tokens: int) -> N
     assert layer(x, logits, output=output) is output
     ids, topk_weights = route(problem.config, logits)
     assert relative_error(output, reference_layer(problem, weights, x, ids, topk_weights)) <= LAYER_BOUND
+
+
+@pytest.mark.parametrize("num_tokens", [1, 7, 1000])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_from_the_kernels_own_gemm1(name: str, num_tokens: int) -> None:
+    """GEMM1 against float64, and the rest of the layer against float64 that starts from the kernel's GEMM1."""
+    problem, weights, _ = small(name, "ep2", 1)
+    config, k = problem.config, problem.config.top_k
+    ids = make_workload(config, problem.parallel, num_tokens, "random", 3).topk_ids.cuda()
+    topk_weights = torch.rand(ids.shape, device="cuda")
+    inputs = LayerInputs(tokens(config, num_tokens), topk_ids=ids, topk_weights=topk_weights)
+    call = support.Call(problem, weights, inputs).run(~Stage.ROUTE)
+    slots = num_tokens * k
+    rows = call.region("rows", slots, config.hidden_size, dtype=torch.float8_e4m3fn)
+    row_scales = call.region("row_scales", slots, config.hidden_size // 128)
+    gemm1 = call.region("gemm1_output", slots, 2 * config.intermediate_size, dtype=torch.bfloat16)
+    offsets = call.region("expert_offsets", problem.num_local_experts + 1, dtype=torch.int32).cpu()
+    counts, total = offsets.diff(), int(offsets[-1])
+    exact = support.grouped_reference(rows[:total], row_scales[:total], weights.gate_up, weights.gate_up_scale, counts)
+    assert support.relative_error(gemm1[:total], exact) <= 3e-3
+
+    gate, up = gemm1[:total].double().chunk(2, 1)
+    if config.clamp_limit is not None:
+        gate, up = gate.clamp(max=config.clamp_limit), up.clamp(-config.clamp_limit, config.clamp_limit)
+    activation = quantise_rows((gate * gate.sigmoid() * up).float())
+    second = support.grouped_reference(*activation, weights.down, weights.down_scale, counts)
+    permuted = call.permuted_row.long()
+    weight = torch.where(permuted >= 0, topk_weights, 0).double().unsqueeze(-1)
+    expected = (second[permuted.clamp(min=0)] * weight).sum(1) if total else torch.zeros_like(call.output).double()
+    assert relative_error(call.output, expected) <= SECOND_HALF_BOUND
 
 
 @pytest.mark.parametrize("problem_name", support.PROBLEMS)

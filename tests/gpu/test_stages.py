@@ -15,48 +15,22 @@ from moe_runtime.routing import route
 from moe_runtime.workload import make_workload
 from tests.gpu import support
 
-
-class Call:
-    """One layer call whose stages can be run and whose regions can be read one by one."""
-
-    def __init__(self, problem: MoEProblem, inputs: LayerInputs) -> None:
-        self.problem, self.executor = problem, support.executor()
-        self.tokens, self.config = inputs.hidden_states.shape[0], problem.config
-        self.inputs, self.weights = inputs, support.weights(problem)
-        self.output = torch.full((self.tokens, self.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cuda")
-        size = self.executor.workspace_bytes(problem, self.tokens)
-        self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-        tactic = self.executor.default_tactic(problem, "gemm1", self.tokens)
-        self.arguments = self.executor.arguments(
-            problem, self.weights, inputs, (tactic, tactic), self.output, self.workspace
-        )
-
-    def run(self, stages: Stage) -> Call:
-        self.executor.launch(self.arguments, stages)
-        return self
-
-    def region(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.executor.view(self.problem, self.workspace, self.tokens, name, shape, dtype)
-
-    @property
-    def permuted_row(self) -> Tensor:
-        return self.region("permuted_row", self.tokens, self.config.top_k, dtype=torch.int32)
-
-
 SMALL = MoEConfig("small", 512, 384, 32, 4)
 SMALL_PROBLEM = MoEProblem(SMALL, Parallel.parse("ep4", rank=2))
 
 
 def small_call(
     num_tokens: int, seed: int = 0, hidden_states: Tensor | None = None, scale: Tensor | None = None
-) -> Call:
+) -> support.Call:
     generator = torch.Generator("cuda").manual_seed(seed)
     x = torch.randn(num_tokens, SMALL.hidden_size, device="cuda", dtype=torch.bfloat16, generator=generator)
     ids = make_workload(SMALL, SMALL_PROBLEM.parallel, num_tokens, "random", seed).topk_ids.cuda()
     ids[num_tokens // 2, :] = -1
     weights = torch.rand(ids.shape, device="cuda", generator=generator)
     given = x if hidden_states is None else hidden_states
-    return Call(SMALL_PROBLEM, LayerInputs(given, scale, topk_ids=ids, topk_weights=weights))
+    return support.Call(
+        SMALL_PROBLEM, support.weights(SMALL_PROBLEM), LayerInputs(given, scale, topk_ids=ids, topk_weights=weights)
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 37, 512, 4099])
@@ -76,7 +50,7 @@ def test_permute_is_a_stable_sort_by_local_expert(num_tokens: int) -> None:
     assert torch.equal(offsets[1:].long(), torch.cumsum(counts, 0)) and offsets[0] == 0
 
 
-def gathered(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+def gathered(call: support.Call) -> tuple[Tensor, Tensor, Tensor]:
     """(slots that are local, their e4m3 rows as bytes, their scales)"""
     call.run(Stage.PERMUTE | Stage.GATHER)
     slots = call.tokens * call.config.top_k
@@ -163,7 +137,8 @@ def test_route(config: MoEConfig, dtype: torch.dtype, num_tokens: int) -> None:
     deepseek = config.routing_method == RoutingMethod.DeepSeekV3
     bias = torch.rand(config.num_experts, device="cuda").to(dtype) * 0.2 if deepseek else None
     x = torch.randn(num_tokens, config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    call = Call(problem, LayerInputs(x, routing_logits=logits, routing_bias=bias)).run(Stage.ROUTE)
+    inputs = LayerInputs(x, routing_logits=logits, routing_bias=bias)
+    call = support.Call(problem, support.weights(problem), inputs).run(Stage.ROUTE)
     ids = call.region("topk_ids", num_tokens, config.top_k, dtype=torch.int32).cpu()
     weights = call.region("topk_weights", num_tokens, config.top_k).cpu()
     expected_ids, expected_weights = route(config, logits.cpu(), None if bias is None else bias.cpu())

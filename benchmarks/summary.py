@@ -1,0 +1,85 @@
+"""The README's measured tables, rendered from benchmarks/results/h200.
+
+python -m benchmarks.summary            # writes them into README.md
+python -m benchmarks.summary --print    # only shows them
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "h200"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+LAYERS = {"deepseek-r1-dep8": "DeepSeek-R1, dep8", "qwen3-235b-dep2": "Qwen3-235B-A22B, dep2"}
+WHOLE_CALL = "layer(x, logits): the whole call"
+GEMM_ROWS = ("1", "16", "64", "128", "256", "1024")
+
+
+def tables() -> str:
+    environment = _load("gemm")["environment"]
+    machine = f"One {environment['gpu']}, driver {environment['driver']}, CUDA {environment['cuda']}"
+    lines = [
+        f"{machine}, torch {environment['torch']}; median microseconds of",
+        "CUDA-graph replays. A whole layer, one rank's share, balanced routing with ready top-k ids, beside vLLM 0.33's",
+        "tuned Triton layer on the same workload:",
+        "",
+        "| tokens per rank | " + " | ".join(f"{name}: us (vLLM)" for name in LAYERS.values()) + " |",
+        "|---|" + "---|" * len(LAYERS),
+    ]
+    layers = [_load(f"layer-{key}")["results"] for key in LAYERS]
+    for tokens in sorted({int(n) for layer in layers for n in layer}):
+        lines.append(f"| {tokens} | " + " | ".join(_layer_cell(layer.get(str(tokens))) for layer in layers) + " |")
+    lines += ["", "The fastest grouped GEMM by rows per expert: TB/s of weights up to 64 rows, TFLOP/s above.", ""]
+    gemms = _load("gemm")["results"]
+    lines += ["| GEMM | " + " | ".join(GEMM_ROWS) + " |", "|---|" + "---|" * len(GEMM_ROWS)]
+    for name, gemm in gemms.items():
+        cells = (_gemm_cell(rows, gemm["by_rows_per_expert"][rows]) for rows in GEMM_ROWS)
+        lines.append(f"| {name} ({gemm['groups']} x {gemm['N']} x {gemm['K']}) | " + " | ".join(cells) + " |")
+    roofs = _load("gemm")["roofs"]
+    lines += [
+        "",
+        f"Roofs in the same run: {roofs['read_TBps']} TB/s read, {roofs['copy_TBps']:.2f} TB/s copied, "
+        f"{roofs['cublas_fp8_TFLOPS']:.0f} TFLOP/s for cuBLAS' dense FP8.",
+        f"The host spends {_load('host_overhead')['us'][WHOLE_CALL]:.0f} us on one eager call.",
+        "Raw numbers, with every variant's time: `benchmarks/results/h200/`.",
+    ]
+    return "\n".join(lines)
+
+
+def with_tables(readme: str) -> str:
+    """The README's text with what stands between the two marks replaced."""
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
+
+
+def _load(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def _layer_cell(point: dict[str, Any] | None) -> str:
+    if point is None:
+        return ""
+    return f"{point['us']['layer']:.0f} ({point['vllm_us']:.0f})"
+
+
+def _gemm_cell(rows: str, point: dict[str, Any]) -> str:
+    return f"{point['weights_TBps']:.2f} TB/s" if int(rows) <= 64 else f"{point['TFLOPS']:.0f}"
+
+
+def main(show: Annotated[bool, typer.Option("--print", help="Show the tables and write nothing.")] = False) -> None:
+    if show:
+        print(tables())
+        return
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text()))
+
+
+if __name__ == "__main__":
+    typer.run(main)
