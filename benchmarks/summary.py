@@ -25,8 +25,8 @@ def tables() -> str:
     machine = f"One {environment['gpu']}, driver {environment['driver']}, CUDA {environment['cuda']}"
     lines = [
         f"{machine}, torch {environment['torch']}; median microseconds of",
-        "CUDA-graph replays. A whole layer, one rank's share, balanced routing with ready top-k ids, beside vLLM 0.33's",
-        "tuned Triton layer on the same workload:",
+        "CUDA-graph replays. A whole layer, one rank's share, balanced routing with ready top-k ids, beside",
+        "vLLM 0.33's tuned Triton layer on the same workload:",
         "",
         "| tokens per rank | " + " | ".join(f"{name}: us (vLLM)" for name in LAYERS.values()) + " |",
         "|---|" + "---|" * len(LAYERS),
