@@ -1,46 +1,64 @@
-"""moe-runtime tune | run | info | variants."""
+"""moe-runtime tune | run | plan | explain | info | variants."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
-import torch
 import typer
 from rich import box
 from rich.table import Table
 
-from . import machine
-from .config import PRESETS, MoEConfig
-from .errors import InvalidArgument, MoEError, Unsupported
-from .executors import get_executor
-from .executors.base import GEMMS, Executor, MoEProblem
+from . import cli_plan, cli_record, cli_report, machine, tuning
+from .cli_options import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    ParallelOption,
+    RankOption,
+    ScaleOption,
+    SeedOption,
+    SmallOption,
+    err,
+    named_config,
+    named_executor,
+    out,
+    parse_seconds,
+    title,
+)
+from .errors import InvalidArgument, MoEError
+from .executors.base import GEMMS, MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
-from .tables import make_console, plan_table
+from .tables import plan_table
 from .trial_run import run_once
 from .tuning import Plan
+from .tuning.measure import CONFIDENCE, MARGIN
+from .tuning.plan import OBJECTIVES
+from .tuning.quarantine import vetting
+from .tuning.ranks import is_writer, launched, tune_over_ranks, use_local_gpu
 from .tuning.session import tune_into
 from .weights import FP8BlockWeights
-from .workload import DISTRIBUTION_VARIABLE, DISTRIBUTIONS, check_distribution, default_distribution
+from .workload import (
+    DISPATCH,
+    DISPATCHES,
+    DISTRIBUTION_VARIABLE,
+    DISTRIBUTIONS,
+    check_distribution,
+    default_distribution,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Mixture-of-experts layers: tune, run, look.")
-out, err = make_console(), make_console(stderr=True)
-
-DEVICES = ("cuda", "cpu")
-
-ModelOption = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
-ParallelOption = Annotated[str, typer.Option(help="dep<N> (attention data-parallel) or ep<N>, such as dep8 or ep2.")]
-RankOption = Annotated[int, typer.Option(help="The rank whose share is run, 0 to N - 1.")]
-DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
-ScaleOption = Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate size by this.")]
-SmallOption = Annotated[bool, typer.Option("--small", help="Scale the layer to what this machine's CPU can time.")]
-SeedOption = Annotated[int, typer.Option(help="Of the random weights, rows and routing.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout in place of a table.")]
+app.add_typer(cli_plan.plans, name="plan")
+app.command()(cli_plan.explain)
+app.command()(cli_report.report)
+app.command()(cli_record.record)
 
 
 @app.command()
@@ -55,22 +73,49 @@ def tune(
         str | None, typer.Option(help=f"{' or '.join(DISTRIBUTIONS)}; by default {DISTRIBUTION_VARIABLE}, or balanced.")
     ] = None,
     rank: RankOption = 0,
+    dispatch: Annotated[str, typer.Option(help=f"How tokens reach the rank: {' or '.join(DISPATCHES)}.")] = DISPATCH,
+    objective: Annotated[str, typer.Option(help=f"{' or '.join(OBJECTIVES)} of the time over the samples.")] = "mean",
+    samples: Annotated[int, typer.Option(help="Workloads that are drawn and timed per bucket.")] = 1,
+    margin: Annotated[float, typer.Option(help="Least gain for which a tactic replaces the default.")] = MARGIN,
+    confidence: Annotated[float, typer.Option(help="How sure that gain must be, from repeated times.")] = CONFIDENCE,
+    budget: Annotated[
+        str | None, typer.Option(help="Most time to spend, such as 120s or 2m; what does not fit keeps the default.")
+    ] = None,
     device: DeviceOption = None,
     scale: ScaleOption = 1,
     small: SmallOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Time every tactic on what one rank sees and write the plan. Stopped by Ctrl-C, the same command goes on."""
-    problem = MoEProblem(_config(model, scale, small), Parallel.parse(parallel, rank))
+    """Time every tactic on what one rank sees and write the plan. Stopped by Ctrl-C, the same command goes on.
+
+    Started by torchrun, with one process a GPU, the processes share the work and rank 0 writes the plan.
+    """
+    problem = MoEProblem(named_config(model, scale, small), Parallel.parse(parallel, rank))
     chosen = default_distribution() if distribution is None else check_distribution(distribution)
-    executor = _executor(device)
-    slug = machine.device_slug(executor.device_name)
-    path = output or machine.plan_folder() / f"{problem.config.name}-{parallel}-{chosen}-{max_tokens}-{slug}.json"
-    err.print(f"tuning {_title(problem)} on {executor.device_name}: {chosen} routing, up to {max_tokens} tokens a rank")
-    weights = FP8BlockWeights.random(problem.config, problem.num_local_experts, seed, executor.name)
+    if launched() and device != "cpu":
+        use_local_gpu()
+    executor = named_executor(device)
+    other = [dispatch] * (dispatch != DISPATCH) + [objective] * (objective != "mean")
+    path = output or _plan_path(problem, [chosen, *other], max_tokens, executor.device_name)
+    weights = FP8BlockWeights.random(
+        problem.config, problem.num_local_experts, seed, executor.name, tp_size=problem.parallel.tp_size
+    )
+    settings: dict[str, Any] = {
+        "dispatch": dispatch, "objective": objective, "samples": samples, "margin": margin, "confidence": confidence,
+        "budget_seconds": None if budget is None else parse_seconds(budget),
+    }  # fmt: skip
+    if not is_writer():
+        with vetting(problem, str(weights.device), seed) as vet:
+            tune_over_ranks(problem, weights, executor, max_tokens, chosen, seed, vet=vet, **settings)
+        return
+    err.print(f"tuning {title(problem)} on {executor.device_name}: {chosen} routing, up to {max_tokens} tokens a rank")
+    tuner = tune_over_ranks if launched() else tuning.tune
     try:
-        plan = tune_into(path, problem, weights, executor, max_tokens, chosen, seed, err)
+        with vetting(problem, str(weights.device), seed) as vet:
+            plan = tune_into(
+                path, problem, weights, executor, max_tokens, chosen, seed, err, tuner, vet=vet, **settings
+            )
     except KeyboardInterrupt:
         err.print(f"stopped; buckets tuned so far are kept in {path}: the same command goes on from there")
         raise typer.Exit(130) from None
@@ -79,6 +124,11 @@ def tune(
     else:
         out.print(plan_table(plan))
     err.print(f"wrote {path}")
+
+
+def _plan_path(problem: MoEProblem, settings: Sequence[str], max_tokens: int, device: str) -> Path:
+    name = "-".join([problem.config.name, str(problem.parallel), *settings, str(max_tokens), device])
+    return machine.plan_folder() / (re.sub(r"[^a-z0-9.]+", "-", name.lower()) + ".json")
 
 
 @app.command()
@@ -95,17 +145,19 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one layer on random weights and rows; print its time and its error against a float64 reference."""
-    problem = MoEProblem(_config(model, scale, small), Parallel.parse(parallel, rank))
+    problem = MoEProblem(named_config(model, scale, small), Parallel.parse(parallel, rank))
     tuned = None if plan is None else Plan.load(plan)
-    executor = _executor(device)
+    executor = named_executor(device)
     if tuned is not None:
         tuned.require(problem, executor.device_name, executor.library_hash)
-    weights = FP8BlockWeights.random(problem.config, problem.num_local_experts, seed, executor.name)
+    weights = FP8BlockWeights.random(
+        problem.config, problem.num_local_experts, seed, executor.name, tp_size=problem.parallel.tp_size
+    )
     result = run_once(problem, weights, tuned, tokens, seed)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return
-    out.print(f"{_title(problem)} on {executor.device_name}, {tokens} tokens a rank: {result.rows} rows")
+    out.print(f"{title(problem)} on {executor.device_name}, {tokens} tokens a rank: {result.rows} rows")
     for gemm, tactic in zip(GEMMS, result.tactics, strict=True):
         out.print(f"  {gemm}   {tactic} ({'default' if tuned is None else 'plan'})")
     out.print(f"  time    {result.us:.1f} us")
@@ -169,28 +221,6 @@ def _build_cells(build: dict[str, Any] | None) -> list[str]:
     shared = build["dynamic_shared_memory"]
     kibibytes = "" if shared is None else f"{(shared + build['static_shared_memory']) / 1024:.0f}"
     return [f"{build['compile_seconds']:.0f}", str(build["registers"]), str(build["spill_bytes"]), kibibytes]
-
-
-def _executor(device: str | None) -> Executor:
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in DEVICES:
-        raise InvalidArgument("--device", repr(name), " or ".join(DEVICES))
-    if name == "cuda" and not torch.cuda.is_available():
-        raise Unsupported("--device cuda, but torch sees no GPU here: `moe-runtime info` says what was found")
-    return get_executor(name)
-
-
-def _config(model: str, scale: int, small: bool) -> MoEConfig:
-    config = MoEConfig.preset(model)
-    if small and scale > 1:
-        raise InvalidArgument("--small", f"with --scale {scale}", "one of the two")
-    if small:
-        return machine.scaled_to_cpu(config)
-    return config if scale == 1 else machine.scaled_by(config, scale)
-
-
-def _title(problem: MoEProblem) -> str:
-    return f"{problem.config.name} under {problem.parallel} ({machine.shape_text(problem.config)})"
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def demo(output: Path) -> None:
     console.print(f"Tactics by tokens per rank, median microseconds on {executor.device_name}:")
     console.print(regimes_table(plans))
     differ = differing(plans)
-    places = f"{len(differ)} of {2 * len(plans[0].entries)} places: {', '.join(differ)}" if differ else "no place"
+    places = f"{len(differ)} places: {', '.join(differ)}" if differ else "no place"
     console.print(f"{LAYOUTS[0]} and {LAYOUTS[1]} chose differently in {places}")
     for name, plan in zip(LAYOUTS, plans, strict=True):
         for entry in plan.entries:

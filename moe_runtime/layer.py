@@ -22,7 +22,8 @@ class FusedMoE:
     """The local experts' share of one MoE layer, for inference.
 
     Routing, gather and quantisation, GEMM1, SwiGLU and quantisation, GEMM2, weighted combine. The output holds what
-    the rank's own experts contribute; summing over ranks is the caller's all-reduce or all-to-all.
+    the rank's own experts contribute, or its slices of them under tensor parallelism, a partial sum; summing over ranks
+    is the caller's all-reduce or all-to-all.
 
     Raises InvalidArgument where weights, config and parallel do not fit, PlanRefused for a plan of another regime,
     shape, device or library, Unsupported where the device has no kernels.
@@ -32,7 +33,7 @@ class FusedMoE:
         self, config: MoEConfig, parallel: Parallel, weights: FP8BlockWeights, plan: Plan | None = None
     ) -> None:
         self.problem = MoEProblem(config, parallel)
-        weights.check(config, self.problem.num_local_experts)
+        weights.check(config, self.problem.num_local_experts, tp_size=parallel.tp_size)
         self.weights = weights
         self.executor = get_executor(weights.device)
         if plan is not None:

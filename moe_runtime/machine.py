@@ -31,11 +31,6 @@ def plan_folder() -> Path:
     return Path(named) if named else Path(platformdirs.user_data_dir("moe_runtime", appauthor=False)) / "plans"
 
 
-def device_slug(device_name: str) -> str:
-    """A device's name as part of a file name."""
-    return "-".join(device_name.lower().split())
-
-
 def scaled_by(config: MoEConfig, divisor: int) -> MoEConfig:
     """Hidden and intermediate size divided by `divisor`, rounded to the multiple of 128 that the format needs."""
 

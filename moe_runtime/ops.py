@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from bisect import bisect_right
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,32 +15,30 @@ from .executors import get_executor
 from .executors.base import Executor, LayerInputs, MoEProblem, check_contiguous, check_tensor
 from .parallel import Parallel
 from .weights import FP8BlockWeights
-from .workload import bucket_index, buckets, kernel_rows
 
 if TYPE_CHECKING:
     from .tuning.plan import Plan
 
 WORKSPACE_ALIGNMENT = 256
 
-# A plan as the op's schema can carry it: tune_max_num_tokens, then gemm1 and gemm2 tactic of each bucket in turn,
-# both "" where the bucket was not tuned.
-PlanTable = tuple[int, list[str]]
-NO_PLAN: PlanTable = (1, [])
+# A plan as the op's schema can carry it: the first number of kernel rows of each bucket, then gemm1 and gemm2 tactic of
+# each in turn, both "" where the bucket was not tuned.
+PlanTable = tuple[list[int], list[str]]
+NO_PLAN: PlanTable = ([], [])
 
 
 def plan_table(plan: Plan | None) -> PlanTable:
     if plan is None:
         return NO_PLAN
-    parallel, tune_max = Parallel(plan.key.regime, plan.key.size), plan.key.tune_max_num_tokens
-    pairs = [plan.lookup(kernel_rows(bucket, parallel)) or ("", "") for bucket in buckets(tune_max)]
-    return tune_max, [tactic for pair in pairs for tactic in pair]
+    starts, pairs = plan.table
+    return list(starts), [tactic for pair in pairs for tactic in pair or ("", "")]
 
 
 def choose_tactics(executor: Executor, problem: MoEProblem, table: PlanTable, num_tokens: int) -> tuple[str, str]:
     """(gemm1, gemm2) tactics of a call: the plan's, or the executor's defaults where the plan has none."""
-    tune_max, tactics = table
-    if tactics:
-        first = 2 * bucket_index(num_tokens, problem.parallel, tune_max)
+    starts, tactics = table
+    if starts:
+        first = 2 * (bisect_right(starts, num_tokens) - 1)
         if tactics[first]:
             return tactics[first], tactics[first + 1]
     return (
@@ -118,7 +117,11 @@ def _problem(
     parallel: str,
     rank: int,
 ) -> MoEProblem:
-    """Cached, because validating a configuration takes longer than the rest of a call's checks."""
+    """Cached, because validating a configuration takes longer than the rest of a call's checks.
+
+    intermediate_size: the rank's part, as the weights show it.
+    """
+    layout = Parallel.parse(parallel, rank)
     try:
         method = RoutingMethod(routing_method)
     except ValueError:
@@ -127,7 +130,7 @@ def _problem(
     config = MoEConfig(
         name="op",
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
+        intermediate_size=intermediate_size * layout.tp_size,
         num_experts=num_experts,
         top_k=top_k,
         routing_method=method,
@@ -136,7 +139,7 @@ def _problem(
         routed_scaling_factor=routed_scaling_factor,
         clamp_limit=clamp_limit,
     )
-    return MoEProblem(config, Parallel.parse(parallel, rank))
+    return MoEProblem(config, layout)
 
 
 # Library.define and impl rather than torch.library.custom_op: at 22 arguments a bare call of the op takes 7 us instead
@@ -146,7 +149,7 @@ _library.define(
     "fp8_block_moe(Tensor hidden_states, Tensor? hidden_states_scale, Tensor? routing_logits, Tensor? routing_bias, "
     "Tensor? topk_ids, Tensor? topk_weights, Tensor gate_up, Tensor gate_up_scale, Tensor down, Tensor down_scale, "
     "bool gate_first, int num_experts, int top_k, int routing_method, int n_group, int topk_group, "
-    "float routed_scaling_factor, float? clamp_limit, str parallel, int rank, int tune_max_num_tokens, "
+    "float routed_scaling_factor, float? clamp_limit, str parallel, int rank, int[] bucket_starts, "
     "str[] tactics) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -173,7 +176,7 @@ def _fp8_block_moe(
     clamp_limit: float | None,
     parallel: str,
     rank: int,
-    tune_max_num_tokens: int,
+    bucket_starts: list[int],
     tactics: list[str],
 ) -> Tensor:
     problem = _problem(
@@ -190,9 +193,9 @@ def _fp8_block_moe(
         rank,
     )
     weights = FP8BlockWeights(gate_up, gate_up_scale, down, down_scale, gate_first)
-    weights.check(problem.config, problem.num_local_experts)
+    weights.check(problem.config, problem.num_local_experts, tp_size=problem.parallel.tp_size)
     inputs = LayerInputs(hidden_states, hidden_states_scale, routing_logits, routing_bias, topk_ids, topk_weights)
-    return run_layer(get_executor(hidden_states.device), problem, weights, inputs, (tune_max_num_tokens, tactics))
+    return run_layer(get_executor(hidden_states.device), problem, weights, inputs, (bucket_starts, tactics))
 
 
 _library.impl("fp8_block_moe", _fp8_block_moe, "CPU")

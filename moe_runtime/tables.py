@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .executors.base import GEMMS
-from .tuning import GemmChoice, Plan, PlanEntry
+from .executors.base import GEMMS, Gemm
+from .tuning import GemmChoice, Plan
+from .tuning.plan_tools import choices, serving_entry
 
 PIPED_WIDTH = 120
 
@@ -26,39 +27,45 @@ def plan_table(plan: Plan) -> Table:
     """A line a bucket and GEMM, with what tuning gained over the default tactic."""
     table = _table(["tokens", "rows", "gemm", "tactic", "us", "default us", "gain"])
     for entry in plan.entries:
-        for gemm, choice in _choices(entry):
+        for gemm, choice in choices(entry):
             gain = f"{choice.default_us / choice.us - 1:+.1%}" if choice.us and choice.default_us else ""
             table.add_row(str(entry.bucket), str(entry.rows), gemm, _short(choice, plan), *_times(choice), gain)
     return table
 
 
 def regimes_table(plans: Sequence[Plan]) -> Table:
-    """Plans of the same buckets side by side; marks the lines where their tactics differ."""
+    """What serves each number of tokens that is a bucket of any of the plans; marks where their tactics differ.
+
+    Times stand where the number is the plan's own bucket, for they were measured there.
+    """
     columns = ["tokens", "gemm"]
     for plan in plans:
-        columns += [f"{_layout(plan)} tactic", "us", "default us"]
+        columns += [f"{plan.key.parallel} tactic", "us", "default us"]
     table = _table([*columns, "differ"])
-    for entries in zip(*(plan.entries for plan in plans), strict=True):
-        for choices in zip(*(_choices(entry) for entry in entries), strict=True):
-            gemm, _ = choices[0]
-            cells = [
-                cell
-                for plan, (_, choice) in zip(plans, choices, strict=True)
-                for cell in (_short(choice, plan), *_times(choice))
-            ]
-            differ = len({choice.tactic for _, choice in choices}) > 1
-            table.add_row(str(entries[0].bucket), gemm, *cells, "*" if differ else "")
+    for tokens, gemm, served in _served(plans):
+        cells = []
+        for plan, choice in zip(plans, served, strict=True):
+            times = _times(choice) if choice is not None and tokens in plan.buckets else ["", ""]
+            cells += [_short(choice, plan) if choice is not None else "(default)", *times]
+        table.add_row(str(tokens), gemm, *cells, "*" if _differ(served) else "")
     return table
 
 
 def differing(plans: Sequence[Plan]) -> list[str]:
-    """The buckets and GEMMs for which the plans' tactics differ, as "64 gemm1"."""
-    return [
-        f"{entries[0].bucket} {choices[0][0]}"
-        for entries in zip(*(plan.entries for plan in plans), strict=True)
-        for choices in zip(*(_choices(entry) for entry in entries), strict=True)
-        if len({choice.tactic for _, choice in choices}) > 1
-    ]
+    """The tokens and GEMMs of `regimes_table` at which the plans' tactics differ, as "64 gemm1"."""
+    return [f"{tokens} {gemm}" for tokens, gemm, served in _served(plans) if _differ(served)]
+
+
+def _served(plans: Sequence[Plan]) -> Iterator[tuple[int, Gemm, list[GemmChoice | None]]]:
+    """(tokens per rank, GEMM, each plan's choice for it; None where the plan leaves it to the default)."""
+    for tokens in sorted({bucket for plan in plans for bucket in plan.buckets}):
+        entries = [serving_entry(plan, tokens) for plan in plans]
+        for gemm in GEMMS:
+            yield tokens, gemm, [None if entry is None else dict(choices(entry))[gemm] for entry in entries]
+
+
+def _differ(served: Sequence[GemmChoice | None]) -> bool:
+    return len({None if choice is None else choice.tactic for choice in served}) > 1
 
 
 def _table(columns: Sequence[str]) -> Table:
@@ -69,10 +76,6 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def _choices(entry: PlanEntry) -> list[tuple[str, GemmChoice]]:
-    return list(zip(GEMMS, (entry.gemm1, entry.gemm2), strict=True))
-
-
 def _short(choice: GemmChoice, plan: Plan) -> str:
     """A tactic's name without what all variants of the plan share."""
     return choice.tactic.split(f"{plan.key.format}_")[-1].replace("warpspecialized_", "")
@@ -80,7 +83,3 @@ def _short(choice: GemmChoice, plan: Plan) -> str:
 
 def _times(choice: GemmChoice) -> list[str]:
     return ["-" if us is None else f"{us:.1f}" for us in (choice.us, choice.default_us)]
-
-
-def _layout(plan: Plan) -> str:
-    return f"{plan.key.regime}{plan.key.size}"

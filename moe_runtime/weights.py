@@ -27,6 +27,8 @@ _INDEX = "model.safetensors.index.json"
 class FP8BlockWeights:
     """The L local experts of one layer. Contiguous, on one device, and not changed after the first call.
 
+    I is the rank's intermediate size: under tensor parallelism its slice of each expert's.
+
     gate_up: [L, 2I, H] e4m3, rows [gate; up], or [up; gate] with gate_first=False.
     gate_up_scale: [L, 2I/128, H/128] f32.
     down: [L, H, I] e4m3.
@@ -43,12 +45,20 @@ class FP8BlockWeights:
     def device(self) -> torch.device:
         return self.gate_up.device
 
-    def check(self, config: MoEConfig, num_local_experts: int, gate_up: str = "gate_up", down: str = "down") -> None:
+    def check(
+        self,
+        config: MoEConfig,
+        num_local_experts: int,
+        gate_up: str = "gate_up",
+        down: str = "down",
+        *,
+        tp_size: int = 1,
+    ) -> None:
         """Raises InvalidArgument for a wrong shape, dtype, device or layout.
 
-        gate_up, down: what the caller's caller knows the tensors as.
+        gate_up, down: what the caller's caller knows the tensors as. tp_size: ranks that share each expert.
         """
-        hidden, inter = config.hidden_size, config.intermediate_size
+        hidden, inter = config.hidden_size, config.intermediate_size // tp_size
         self._check_pair(gate_up, self.gate_up, self.gate_up_scale, (num_local_experts, 2 * inter, hidden))
         self._check_pair(down, self.down, self.down_scale, (num_local_experts, hidden, inter))
 
@@ -77,9 +87,18 @@ class FP8BlockWeights:
 
     @classmethod
     def random(
-        cls, config: MoEConfig, num_local_experts: int, seed: int = 0, device: torch.device | str = "cpu"
+        cls,
+        config: MoEConfig,
+        num_local_experts: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        *,
+        tp_size: int = 1,
     ) -> FP8BlockWeights:
-        """Every finite e4m3 code alike, scaled so that a row of unit variance keeps about that through a GEMM."""
+        """Every finite e4m3 code alike, scaled so that a row of unit variance keeps about that through a GEMM.
+
+        tp_size: ranks that share each expert; the weights are one rank's, of 1 / tp_size of the intermediate size.
+        """
         generator = torch.Generator(device).manual_seed(seed)
 
         def draw(rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -90,13 +109,16 @@ class FP8BlockWeights:
             spread = torch.rand(scale_shape, device=device, generator=generator) + 0.5
             return values.view(torch.float8_e4m3fn), spread / (_CODE_RMS * math.sqrt(columns))
 
-        gate_up, gate_up_scale = draw(2 * config.intermediate_size, config.hidden_size)
-        down, down_scale = draw(config.hidden_size, config.intermediate_size)
+        inter = config.intermediate_size // tp_size
+        gate_up, gate_up_scale = draw(2 * inter, config.hidden_size)
+        down, down_scale = draw(config.hidden_size, inter)
         return cls(gate_up, gate_up_scale, down, down_scale)
 
     @classmethod
     def from_safetensors(cls, path: str | Path, layer: int, config: MoEConfig, parallel: Parallel) -> FP8BlockWeights:
-        """Reads the rank's experts of one layer from a checkpoint with DeepSeek's names.
+        """Reads the rank's share of one layer's experts from a checkpoint with DeepSeek's names.
+
+        Under tensor parallelism rows of gate and up, and columns of down, are cut with their blocks of scales.
 
         path: a .safetensors file, or a checkpoint folder with one or with an index.
         Names: model.layers.{layer}.mlp.experts.{expert}.{gate_proj,up_proj,down_proj}.weight; e4m3 weights come with
@@ -118,17 +140,27 @@ class FP8BlockWeights:
                 return weight, scale
 
             hidden, inter = config.hidden_size, config.intermediate_size
+            local = parallel.local_intermediate_size(inter)
             gate_up, down = [], []
-            first = parallel.local_expert_offset(config.num_experts)
-            for expert in range(first, first + parallel.num_local_experts(config.num_experts)):
-                gate, up = (load(expert, projection, (inter, hidden)) for projection in ("gate_proj", "up_proj"))
+            for expert in parallel.shard(config.num_experts):
+                gate, up = (
+                    _slice(load(expert, projection, (inter, hidden)), 0, parallel.tp_rank, local)
+                    for projection in ("gate_proj", "up_proj")
+                )
                 gate_up.append((_cat(gate[0], up[0]), torch.cat([gate[1], up[1]])))
-                down.append(load(expert, "down_proj", (hidden, inter)))
+                down.append(_slice(load(expert, "down_proj", (hidden, inter)), 1, parallel.tp_rank, local))
             return _stack(gate_up, down, gate_first=True)
 
 
 # Root mean square of the 254 finite e4m3 codes.
 _CODE_RMS = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().square().mean().sqrt().item()
+
+
+def _slice(weight: tuple[Tensor, Tensor], dimension: int, index: int, size: int) -> tuple[Tensor, Tensor]:
+    """The index-th part, `size` long, of values [N, K] and scale [N/128, K/128] along a dimension."""
+    values, scale = weight
+    blocks = size // FP8_BLOCK
+    return values.narrow(dimension, index * size, size), scale.narrow(dimension, index * blocks, blocks)
 
 
 def _cat(*tensors: Tensor) -> Tensor:

@@ -1,39 +1,71 @@
 """What one rank's kernels see: the routed ids of a profiling workload, and the bucket of a call.
 
-n = tokens per rank, k = top_k, E experts, R = parallel.size, L = E / R experts on this rank.
+n = tokens per rank, k = top_k, E experts, R = parallel.size, L experts on this rank: E / R, or one more or less where
+R does not divide E. Under ``dep`` T = R*n tokens exist, n on each rank; under ``ep`` and ``tp`` every rank sees the
+same T = n. Slicing experts (tp_size) narrows the GEMMs and changes nothing here.
 
-- ``dep``: R*n tokens exist and a perfect all-to-all leaves this rank n*k routed slots, all local, so
-  m = n*k/L rows per local expert. The workload is n rows whose ids lie in [offset, offset + L).
-- ``ep``: the rank sees its own n rows with ids over all E experts, of which about 1/R are local, so
-  m = n*k/E. Ids outside the shard stay in the workload; the kernels skip them, as they do in a real call.
+What of the T tokens reaches the kernels is the dispatch:
+
+- ``compact``, the default: rows stand for routed slots, whatever brought them. Under DEP n rows whose k ids all lie in
+  this rank's shard, so m = n*k/L rows per local expert; a distribution that gives shards unequal work makes it as many
+  rows as hold this rank's slots. Under EP the n rows with ids over all experts, so m = n*k/E; ids outside the shard
+  stay, and the kernels skip them, as in a real call.
+- ``alltoall``: each of the T tokens that has a slot here, once, with its 1 to k local ids and -1 for the others.
+- ``allgather``: all T tokens with ids over all experts.
+- ``masked``: the slots of ``alltoall``, in buffers [L, T, H] of which each expert fills its first rows.
+
+In all of them m is the same on average; rows, which gather, quantise and combine pay for, are not.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
 from .config import MoEConfig
+from .distributions import DISTRIBUTIONS, Distribution, draw, parse
+from .distributions import check as check_distribution
 from .errors import InvalidArgument
 from .parallel import Parallel
-from .routing import route
 
-DISTRIBUTIONS = ("balanced", "random")
+__all__ = [
+    "DISPATCH",
+    "DISPATCHES",
+    "DISTRIBUTIONS",
+    "DISTRIBUTION_VARIABLE",
+    "Workload",
+    "bucket",
+    "bucket_index",
+    "buckets",
+    "check_dispatch",
+    "check_distribution",
+    "default_distribution",
+    "expected_rows",
+    "hit_probability",
+    "kernel_rows",
+    "make_workload",
+    "tokens_per_rank",
+]
+
 DISTRIBUTION_VARIABLE = "MOE_RUNTIME_AUTOTUNE_DISTRIBUTION"
+DISPATCHES = ("compact", "alltoall", "allgather", "masked")
 DISPATCH = "compact"
-"""How rows stand for routed slots: n rows with k slots each, whatever dispatch delivered them."""
 
 LARGEST_POWER_BUCKET = 8192
+_SAMPLED_TOKENS = 1 << 15
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The routed ids of ``num_tokens`` kernel rows at one rank.
+    """The routed ids of ``num_tokens`` tokens per rank as they arrive at one rank's kernels.
 
-    topk_ids: int32 [num_tokens, top_k] on the CPU, global expert ids, distinct within a row.
+    topk_ids: int32 [num_rows, top_k] on the CPU, global expert ids, distinct within a row; -1 is no slot.
     """
 
     config: MoEConfig
@@ -41,20 +73,30 @@ class Workload:
     num_tokens: int
     distribution: str
     seed: int
-    topk_ids: torch.Tensor
+    topk_ids: Tensor
+    dispatch: str = DISPATCH
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of hidden states that arrive: what gather reads and combine writes."""
+        return len(self.topk_ids)
 
     @cached_property
-    def rows_per_expert(self) -> torch.Tensor:
+    def rows_per_expert(self) -> Tensor:
         """int32 [L]: GEMM rows of each local expert."""
-        num_local = self.parallel.num_local_experts(self.config.num_experts)
-        local = self.topk_ids.flatten().long() - self.parallel.local_expert_offset(self.config.num_experts)
-        local = local[(local >= 0) & (local < num_local)]
-        return torch.bincount(local, minlength=num_local).to(torch.int32)
+        shard = self.parallel.shard(self.config.num_experts)
+        local = self.topk_ids[_is_local(self.topk_ids, shard)].long() - shard.start
+        return torch.bincount(local, minlength=len(shard)).to(torch.int32)
 
     @property
     def local_slots(self) -> int:
         """GEMM rows of this rank: slots of ``topk_ids`` that name a local expert."""
         return int(self.rows_per_expert.sum())
+
+    @property
+    def max_rows_per_expert(self) -> int | None:
+        """max_m of the buffers [L, max_m, H] under ``masked``: any token may choose any expert. None elsewhere."""
+        return kernel_rows(self.num_tokens, self.parallel) if self.dispatch == "masked" else None
 
 
 def default_distribution() -> str:
@@ -62,66 +104,139 @@ def default_distribution() -> str:
     return check_distribution(os.environ.get(DISTRIBUTION_VARIABLE, "balanced"), DISTRIBUTION_VARIABLE)
 
 
-def check_distribution(distribution: str, argument: str = "distribution") -> str:
-    if distribution not in DISTRIBUTIONS:
-        raise InvalidArgument(argument, repr(distribution), " or ".join(DISTRIBUTIONS))
-    return distribution
+def check_dispatch(dispatch: str) -> str:
+    if dispatch not in DISPATCHES:
+        raise InvalidArgument("dispatch", repr(dispatch), f"{', '.join(DISPATCHES[:-1])} or {DISPATCHES[-1]}")
+    return dispatch
 
 
 def make_workload(
-    config: MoEConfig, parallel: Parallel, num_tokens: int, distribution: str | None = None, seed: int = 0
+    config: MoEConfig,
+    parallel: Parallel,
+    num_tokens: int,
+    distribution: str | None = None,
+    seed: int = 0,
+    dispatch: str = DISPATCH,
 ) -> Workload:
-    """The workload of ``num_tokens`` kernel rows at rank ``parallel.rank``.
+    """The workload of ``num_tokens`` tokens per rank at rank ``parallel.rank``.
 
-    distribution: ``balanced`` (closed formula) or ``random`` (uniform logits' top-k); None takes the environment's.
-    seed: of ``random``; every rank draws the same logits, so ranks of equal shards get equal work.
+    distribution: one of `DISTRIBUTIONS`; None takes the environment's.
+    seed: the same on every rank draws the same tokens for all of them, so ranks get shares of one whole. Balanced
+        ``compact`` is a closed formula without it.
 
-    Raises InvalidArgument for a negative num_tokens, an unknown distribution, or experts that do not divide.
+    Raises InvalidArgument for a negative num_tokens, an unknown distribution or dispatch, a recorded file that cannot
+    be read or is of another model, or fewer experts than ranks.
     """
     if num_tokens < 0:
         raise InvalidArgument("num_tokens", num_tokens, "0 or more")
-    distribution = default_distribution() if distribution is None else check_distribution(distribution)
-    parallel.validate_experts(config.num_experts)
-    if distribution == "balanced":
-        ids = _balanced(config, parallel, num_tokens)
+    check_dispatch(dispatch)
+    chosen = parse(default_distribution() if distribution is None else distribution)
+    shard = parallel.shard(config.num_experts)
+    if dispatch == "compact":
+        ids = _compact(config, parallel, shard, num_tokens, chosen, seed)
     else:
-        ids = _random(config, parallel, num_tokens, seed)
-    return Workload(config, parallel, num_tokens, distribution, seed, ids.to(torch.int32).contiguous())
+        ids = draw(chosen, config, kernel_rows(num_tokens, parallel), seed)
+        if dispatch != "allgather":
+            local = _is_local(ids, shard)
+            ids = ids.masked_fill(~local, -1)[local.any(1)]
+    return Workload(config, parallel, num_tokens, str(chosen), seed, ids.to(torch.int32).contiguous(), dispatch)
 
 
-def _balanced(config: MoEConfig, parallel: Parallel, num_tokens: int) -> torch.Tensor:
-    """id[t, j] = (t + j * stride) mod N, plus the shard's offset under DEP.
+def expected_rows(config: MoEConfig, parallel: Parallel, num_tokens: int, dispatch: str = DISPATCH) -> float:
+    """The mean of `Workload.num_rows` when every expert is as popular: over seeds of ``random``."""
+    tokens = kernel_rows(num_tokens, parallel)
+    if check_dispatch(dispatch) in ("alltoall", "masked"):
+        return tokens * hit_probability(config, parallel)
+    if dispatch == "compact" and parallel.use_dp:
+        return _share(tokens, parallel.shard(config.num_experts), config.num_experts)
+    return tokens
 
-    Ids of a row are distinct as long as (k - 1) * stride < N. Since stride <= max(1, N // k) that fails only for
-    N < k, which means DEP with L < k (the configuration holds k <= E): there the formula fills the L local
-    columns and `_pad_remote` the rest.
+
+def hit_probability(config: MoEConfig, parallel: Parallel) -> float:
+    """P that a token has a slot at this rank when every expert is as popular: 1 - C(E-L, k) / C(E, k).
+
+    Group-limited routing has no such form: which groups win, and how many experts a group then gives, depends on how
+    scores are distributed. That count is sampled from normal logits, with a fixed seed; given a group's count, its
+    experts are any subset, so the rest is exact. The standard error is about 0.1 % of the result.
     """
-    num_local = parallel.num_local_experts(config.num_experts)
-    domain = num_local if parallel.use_dp else config.num_experts
-    stride = max(1, min(num_local, domain // config.top_k))
-    token = torch.arange(num_tokens)[:, None]
-    column = torch.arange(min(config.top_k, domain))
-    ids = (token + column * stride) % domain
-    return _pad_remote(ids, config, parallel) if parallel.use_dp else ids
+    shard, experts, k = parallel.shard(config.num_experts), config.num_experts, config.top_k
+    if config.topk_group == config.n_group:
+        return 1 - math.comb(experts - len(shard), k) / math.comb(experts, k)
+    size = experts // config.n_group
+    given = _slots_by_group(config)
+    misses = torch.empty(config.n_group, k + 1, dtype=torch.float64)
+    for group in range(config.n_group):
+        there = len(range(max(shard.start, group * size), min(shard.stop, (group + 1) * size)))
+        chances = [math.comb(size - there, count) / max(1, math.comb(size, count)) for count in range(k + 1)]
+        misses[group] = torch.tensor(chances)
+    # No group is different from another, so each token also stands for those with the groups moved round.
+    groups = torch.arange(config.n_group)
+    moved = [misses[groups, given.roll(shift, 1)].prod(1).mean() for shift in range(config.n_group)]
+    return 1 - float(torch.stack(moved).mean())
 
 
-def _random(config: MoEConfig, parallel: Parallel, num_tokens: int, seed: int) -> torch.Tensor:
-    num_local = parallel.num_local_experts(config.num_experts)
-    domain = num_local if parallel.use_dp else config.num_experts
-    generator = torch.Generator("cpu").manual_seed(seed)
-    # float64 first: the vectorised float32 generator differs between CPUs in the last bit, and so could a near tie.
-    logits = torch.randn(num_tokens, domain, generator=generator, dtype=torch.float64).float()
-    if parallel.use_dp:
-        return _pad_remote(logits.topk(min(config.top_k, domain), dim=1).indices, config, parallel)
-    return route(config, logits)[0]
+@functools.lru_cache(maxsize=8)
+def _slots_by_group(config: MoEConfig) -> Tensor:
+    """int64 [tokens, n_group]: slots that sampled tokens have in each group."""
+    group = draw(Distribution("random"), config, _SAMPLED_TOKENS, 0) // (config.num_experts // config.n_group)
+    return torch.nn.functional.one_hot(group, config.n_group).sum(1)
 
 
-def _pad_remote(local: torch.Tensor, config: MoEConfig, parallel: Parallel) -> torch.Tensor:
-    """Shard-relative ids [n, min(k, L)] -> global ids [n, k]; the columns beyond L name distinct remote experts."""
-    offset = parallel.local_expert_offset(config.num_experts)
+def _is_local(ids: Tensor, shard: range) -> Tensor:
+    return (ids >= shard.start) & (ids < shard.stop)
+
+
+def _share(num_tokens: int, shard: range, num_experts: int) -> int:
+    """How many of the T tokens a shard takes over when they are dealt out by experts: n where shards are equal."""
+    return num_tokens * shard.stop // num_experts - num_tokens * shard.start // num_experts
+
+
+def _compact(
+    config: MoEConfig, parallel: Parallel, shard: range, num_tokens: int, distribution: Distribution, seed: int
+) -> Tensor:
+    """Ids [rows, k] in which rows stand for this rank's slots."""
+    if not parallel.use_dp:
+        if distribution.law == "balanced":
+            stride = max(1, min(config.num_experts // parallel.size, config.num_experts // config.top_k))
+            return _strided(num_tokens, config.top_k, stride, config.num_experts)
+        return draw(distribution, config, num_tokens, seed)
+    tokens = kernel_rows(num_tokens, parallel)
+    if distribution.law not in ("balanced", "random"):
+        return _packed(draw(distribution, config, tokens, seed), shard)
+    rows, columns = _share(tokens, shard, config.num_experts), min(config.top_k, len(shard))
+    if distribution.law == "balanced":
+        local = _strided(rows, columns, max(1, len(shard) // config.top_k), len(shard))
+    else:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        # float64 first: the vectorised float32 generator differs between CPUs in the last bit, and so could a near tie.
+        logits = torch.randn(rows, len(shard), generator=generator, dtype=torch.float64).float()
+        local = logits.topk(columns, dim=1).indices
+    return _pad_remote(local, config, shard)
+
+
+def _strided(rows: int, columns: int, stride: int, domain: int) -> Tensor:
+    """id[t, j] = (t + j * stride) mod domain; distinct within a row while (columns - 1) * stride < domain."""
+    return (torch.arange(rows)[:, None] + torch.arange(columns) * stride) % domain
+
+
+def _pad_remote(local: Tensor, config: MoEConfig, shard: range) -> Tensor:
+    """Shard-relative ids [rows, min(k, L)] -> global ids [rows, k]; columns beyond L name distinct remote experts."""
     missing = torch.arange(config.top_k - local.shape[1])
-    remote = (offset + parallel.num_local_experts(config.num_experts) + missing) % config.num_experts
-    return torch.cat([local + offset, remote.expand(local.shape[0], -1)], dim=1)
+    remote = (shard.stop + missing) % config.num_experts
+    return torch.cat([local + shard.start, remote.expand(local.shape[0], -1)], dim=1)
+
+
+def _packed(ids: Tensor, shard: range) -> Tensor:
+    """The shard's slots of ids [T, k] in as few rows [rows, k] as hold them with distinct ids; -1 fills the last."""
+    k = ids.shape[1]
+    slots = ids[_is_local(ids, shard)].sort().values
+    if not len(slots):
+        return ids.new_empty(0, k)
+    rows = max(-(-len(slots) // k), int(slots.bincount().max()))
+    # Down the columns: slots of one expert, no more than a column is long, meet every row once at most.
+    packed = slots.new_full((k * rows,), -1)
+    packed[: len(slots)] = slots
+    return packed.view(k, rows).T
 
 
 def tokens_per_rank(num_kernel_rows: int, parallel: Parallel) -> int:

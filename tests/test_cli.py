@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from moe_runtime import cli, machine
+from moe_runtime.cli_options import parse_seconds
 from moe_runtime.config import MoEConfig
+from moe_runtime.errors import InvalidArgument
 from moe_runtime.tuning import Plan
 
 SMALL = ["--model", "qwen3-30b", "--scale", "8", "--device", "cpu"]
@@ -67,8 +69,31 @@ def test_tune_without_output_uses_the_plan_folder(
     assert "per_expert_loop" in result.out
 
 
+def test_tune_options_reach_the_plan(moe_runtime: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    how = ["--dispatch", "alltoall", "--objective", "p95", "--samples", "2", "--margin", "0.1", "--confidence", "0.8"]
+    arguments = ["--parallel", "dep2", "--max-tokens", "1", "--distribution", "zipf:1.0", "--budget", "2m"]
+    assert moe_runtime("tune", *SMALL, *arguments, *how, "-o", str(path)).code == 0
+    plan = Plan.load(path)
+    assert (plan.key.dispatch, plan.key.objective, plan.key.distribution) == ("alltoall", "p95", "zipf:1.0")
+    assert (plan.samples, plan.margin, plan.confidence) == (2, 0.1, 0.8)
+
+
+@pytest.mark.parametrize(
+    "text,seconds", [("120s", 120), ("120", 120), ("1.5m", 90), ("1h", 3600), (".5s", 0.5), (" 2m ", 120)]
+)
+def test_seconds(text: str, seconds: float) -> None:
+    assert parse_seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "-1", "2 weeks", "1e3", "2min"])
+def test_seconds_refused(text: str) -> None:
+    with pytest.raises(InvalidArgument, match=r"^--budget: got .*such as 120s"):
+        parse_seconds(text)
+
+
 def test_interrupted_tune_keeps_its_buckets(moe_runtime: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> Plan:
+    def interrupted(*_: object, **__: object) -> Plan:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "tune_into", interrupted)
@@ -101,6 +126,13 @@ def test_run_without_a_plan(moe_runtime: Any) -> None:
         (["tune", "--model", "qwen3-30b", "--parallel", "ep2", "--rank", "2"], "rank: got 2"),
         (["tune", *SMALL, "--parallel", "ep2", "--distribution", "even"], "distribution: got 'even'"),
         (["tune", *SMALL, "--parallel", "ep2", "--max-tokens", "0"], "tune_max_num_tokens: got 0"),
+        (["tune", *SMALL, "--parallel", "ep2", "--budget", "soon"], "--budget: got 'soon'"),
+        (["tune", *SMALL, "--parallel", "ep2", "--budget", "0"], "budget: got 0 s"),
+        (["tune", *SMALL, "--parallel", "ep2", "--objective", "max"], "objective: got 'max'; accepted: mean or p95"),
+        (["tune", *SMALL, "--parallel", "ep2", "--margin", "2"], "margin: got 2.0"),
+        (["tune", *SMALL, "--parallel", "ep2", "--confidence", "1"], "confidence: got 1.0"),
+        (["tune", *SMALL, "--parallel", "ep2", "--samples", "0"], "samples: got 0"),
+        (["tune", *SMALL, "--parallel", "ep2", "--dispatch", "mail"], "dispatch: got 'mail'"),
         (["tune", *SMALL, "--parallel", "ep2", "-o", "/proc/plan.json"], "output: got /proc/plan.json"),
         (["tune", *SMALL, "--parallel", "ep2", "--small"], "--small: got with --scale 8"),
         (["tune", *SMALL[:-1], "tpu", "--parallel", "ep2"], "--device: got 'tpu'; accepted: cuda or cpu"),

@@ -159,13 +159,17 @@ def test_no_gradient_is_recorded() -> None:
 
 def make_plan(layer: FusedMoE, tuned: list[int]) -> Plan:
     def choice(tactic: str) -> GemmChoice:
-        return GemmChoice(tactic=tactic, us=1.0, default_tactic="per_expert_loop", default_us=2.0)
+        return GemmChoice(tactic=tactic, default_tactic="per_expert_loop")
 
     by_size = {size: ("padded_batch", "grouped_mm") if size < 16 else ("sorted_segments",) * 2 for size in tuned}
     return Plan(
         key=PlanKey.of(layer.problem, "balanced", 64, "cpu", CpuExecutor.library_hash),
         seed=0,
+        samples=1,
+        margin=0.02,
+        confidence=0.95,
         complete=tuned == buckets(64),
+        buckets=tuple(buckets(64)),
         entries=tuple(
             PlanEntry(bucket=size, rows=size, gemm1=choice(first), gemm2=choice(second))
             for size, (first, second) in by_size.items()

@@ -92,12 +92,16 @@ def test_compiled_layer_keeps_its_plan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_plan(problem: MoEProblem, tune_max: int = 64) -> Plan:
     def choice(tactic: str) -> GemmChoice:
-        return GemmChoice(tactic=tactic, us=1.0, default_tactic="per_expert_loop", default_us=2.0)
+        return GemmChoice(tactic=tactic, default_tactic="per_expert_loop")
 
     return Plan(
         key=PlanKey.of(problem, "balanced", tune_max, "cpu", CpuExecutor.library_hash),
         seed=0,
+        samples=1,
+        margin=0.02,
+        confidence=0.95,
         complete=True,
+        buckets=tuple(buckets(tune_max)),
         entries=tuple(
             PlanEntry(bucket=size, rows=size, gemm1=choice("padded_batch"), gemm2=choice("grouped_mm"))
             for size in buckets(tune_max)

@@ -1,6 +1,7 @@
 """Plans: what is written comes back, and anything else is refused with a reason."""
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument, PlanRefused
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.parallel import Parallel
-from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey, plan_lock
-from moe_runtime.workload import bucket, buckets
+from moe_runtime.tables import differing, regimes_table
+from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey, Timing, plan_lock
+from moe_runtime.workload import buckets, tokens_per_rank
 
 DEVICE, LIBRARY = "NVIDIA H200", "abc123"
 QWEN = MoEConfig.preset("qwen3-235b")
@@ -25,15 +28,23 @@ def problem(text: str = "dep2", config: MoEConfig = QWEN, rank: int = 0) -> MoEP
     return MoEProblem(config, Parallel.parse(text, rank))
 
 
-def make_plan(text: str = "dep2", tune_max: int = 512, tuned: list[int] | None = None) -> Plan:
+def make_plan(
+    text: str = "dep2", tune_max: int = 512, tuned: list[int] | None = None, starts: list[int] | None = None
+) -> Plan:
     def choice(gemm: str, size: int) -> GemmChoice:
-        return GemmChoice(f"{gemm}_{size}", us=1.5, default_tactic="plain", default_us=2.0, rejected={"bad": "NaN"})
+        timings = {f"{gemm}_{size}": Timing(1.5, 1.4, 1.6), "plain": Timing(2.0, 2.0, 2.0)}
+        return GemmChoice(f"{gemm}_{size}", default_tactic="plain", timings=timings, rejected={"bad": "NaN"})
 
-    chosen = buckets(tune_max) if tuned is None else tuned
+    starts = buckets(tune_max) if starts is None else starts
+    chosen = starts if tuned is None else tuned
     return Plan(
         key=PlanKey.of(problem(text), "balanced", tune_max, DEVICE, LIBRARY),
         seed=0,
-        complete=chosen == buckets(tune_max),
+        samples=1,
+        margin=0.02,
+        confidence=0.95,
+        complete=chosen == starts,
+        buckets=tuple(starts),
         entries=tuple(
             PlanEntry(bucket=size, rows=size * 8, gemm1=choice("a", size), gemm2=choice("b", size)) for size in chosen
         ),
@@ -63,10 +74,11 @@ def test_failed_save_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.Monk
     assert Plan.load(path) == old and len(list(tmp_path.iterdir())) == 1
 
 
-@given(st.sampled_from(["dep4", "ep4"]), st.integers(0, 40_000), st.sampled_from([1, 512, 8192, 9000]))
-def test_lookup_follows_the_bucket_rule(text: str, rows: int, tune_max: int) -> None:
-    plan = make_plan(text, tune_max)
-    expected = bucket(rows, Parallel.parse(text), tune_max)
+@given(st.sampled_from(["dep4", "ep4"]), st.integers(0, 40_000), st.sets(st.integers(1, 9000), min_size=1))
+def test_lookup_takes_the_largest_bucket_that_is_not_above(text: str, rows: int, starts: set[int]) -> None:
+    plan = make_plan(text, 9000, starts=sorted(starts))
+    tokens = tokens_per_rank(rows, Parallel.parse(text))
+    expected = max((start for start in starts if start <= tokens), default=min(starts))
     assert plan.lookup(rows) == (f"a_{expected}", f"b_{expected}")
 
 
@@ -74,6 +86,32 @@ def test_lookup_of_a_bucket_that_was_not_tuned() -> None:
     plan = make_plan("ep2", 512, tuned=[1, 2, 4])
     assert plan.lookup(5) == ("a_4", "b_4")
     assert plan.lookup(8) is None
+
+
+def test_plans_with_other_buckets_side_by_side() -> None:
+    dep, ep = make_plan("dep2", 8, starts=[1, 3, 8]), make_plan("ep2", 8, starts=[1, 4], tuned=[1])
+    assert differing([dep, ep]) == [f"{tokens} {gemm}" for tokens in (3, 4, 8) for gemm in ("gemm1", "gemm2")]
+    console = Console(file=io.StringIO(), width=200)
+    console.print(regimes_table([dep, ep]))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert ["1", "gemm1", "a_1", "1.5", "2.0", "a_1", "1.5", "2.0"] in lines
+    assert ["3", "gemm2", "b_3", "1.5", "2.0", "b_1", "*"] in lines  # ep2 has no times of its own for 3
+    assert ["4", "gemm1", "a_3", "(default)", "*"] in lines
+
+
+def test_times_of_a_choice() -> None:
+    choice = make_plan().entries[0].gemm1
+    assert (choice.us, choice.default_us) == (1.5, 2.0)
+    assert GemmChoice("plain", default_tactic="plain").us is None
+
+
+def test_digest_is_of_the_content_and_not_of_the_date() -> None:
+    plan = make_plan()
+    later = msgspec.structs.replace(plan, created="2001-01-01T00:00:00+00:00")
+    assert later != plan and later.digest() == plan.digest() and len(plan.digest()) == 64
+    assert msgspec.structs.replace(plan, quarantined={"x": "hung"}).digest() != plan.digest()
+    reordered = msgspec.structs.replace(plan, quarantined={"b": "1", "a": "2"})
+    assert reordered.digest() == msgspec.structs.replace(plan, quarantined={"a": "2", "b": "1"}).digest()
 
 
 def test_fits_its_own_problem_on_every_rank() -> None:
@@ -125,18 +163,24 @@ def edited(**changes: Any) -> bytes:
         (edited()[:-100], "damaged, not JSON"),
         (b"[1, 2]", "not a plan"),
         (b'{"E": 128, "N": 768}', "not a plan"),
-        (edited(schema_version=2), "schema version 2, this moe_runtime reads 1"),
-        (b'{"schema_version": 1}', "damaged (Object missing required field"),
+        (edited(schema_version=1), "schema version 1, this moe_runtime reads 2"),
+        (b'{"schema_version": 2}', "damaged (Object missing required field"),
         (edited(unknown=1), "unknown field `unknown`"),
-        (edited(key__regime="tp"), "damaged (Invalid enum value 'tp'"),
+        (edited(key__regime="xp"), "damaged (Invalid enum value 'xp'"),
         (edited(key__size=3), "damaged (parallel: got dep3"),
         (edited(key__size=0), "damaged (size: got 0"),
         (edited(entries__0__bucket=3), "are not an ascending choice of"),
         (edited(entries__0__bucket=2), "are not an ascending choice of"),
-        (edited(entries__0__gemm1__us=0), "a time of 0"),
-        (edited(entries__0__gemm1__us="fast"), "damaged (Expected `float | null`, got `str`"),
-        (edited(entries__0__gemm1__tactic="bad"), "chose bad, which it rejected"),
-        (edited(entries=[]), "complete, but without entries"),
+        (edited(buckets=[2, 1]), "damaged (buckets: got [2, 1]"),
+        (edited(buckets=[1, 1024]), "damaged (buckets: got [1, 1024]"),
+        (edited(buckets=[]), "damaged (buckets: got []"),
+        (edited(complete=False), "complete is False, with entries for 10 of 10"),
+        (edited(entries__0__gemm1__timings__a_1__us=0), "a time of 0"),
+        (edited(entries__0__gemm1__timings__a_1__low=1.7), "a time of 1.5"),
+        (edited(entries__0__gemm1__timings__a_1__us="fast"), "damaged (Expected `float`, got `str`"),
+        (edited(entries__0__gemm1__tactic="bad"), "chose bad, which was rejected"),
+        (edited(quarantined={"a_4": "hung"}), "chose a_4, which was rejected"),
+        (edited(entries=[]), "complete is True, with entries for 0 of 10"),
     ],
 )
 def test_load_refuses(tmp_path: Path, content: bytes, reason: str) -> None:

@@ -27,4 +27,5 @@ def test_results_say_where_they_come_from(path: Path) -> None:
 def test_commands_of_the_readme_exist() -> None:
     named = set(re.findall(r"^    moe-runtime (\w+)", README, re.MULTILINE))
     registered = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    registered |= {str(group.name) for group in cli.app.registered_groups}
     assert named and named <= registered

@@ -25,18 +25,24 @@ _FLOATS = (torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class MoEProblem:
-    """A layer as one rank sees it. Raises InvalidArgument when the ranks do not divide the experts."""
+    """A layer as one rank sees it. Raises InvalidArgument when the ranks do not divide experts or intermediate size.
+
+    local_intermediate_size: the rank's part of each expert under tensor parallelism, where its output is a partial sum.
+    """
 
     config: MoEConfig
     parallel: Parallel
     num_local_experts: int = field(init=False)
     local_expert_offset: int = field(init=False)
+    local_intermediate_size: int = field(init=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        experts = self.config.num_experts
+        experts, intermediate = self.config.num_experts, self.config.intermediate_size
+        self.parallel.validate_experts(experts)
         object.__setattr__(self, "num_local_experts", self.parallel.num_local_experts(experts))
         object.__setattr__(self, "local_expert_offset", self.parallel.local_expert_offset(experts))
+        object.__setattr__(self, "local_intermediate_size", self.parallel.local_intermediate_size(intermediate))
         object.__setattr__(self, "_hash", hash((self.config, self.parallel)))
 
     def __hash__(self) -> int:
@@ -45,7 +51,7 @@ class MoEProblem:
 
     def gemm_shape(self, gemm: Gemm) -> tuple[int, int]:
         """(N, K) of a GEMM: rows [M, K] x weights [N, K] -> [M, N]."""
-        hidden, intermediate = self.config.hidden_size, self.config.intermediate_size
+        hidden, intermediate = self.config.hidden_size, self.local_intermediate_size
         return (2 * intermediate, hidden) if gemm == "gemm1" else (hidden, intermediate)
 
 

@@ -222,7 +222,7 @@ class CudaExecutor:
         config = problem.config
         return LayerArguments(
             hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
+            intermediate_size=problem.local_intermediate_size,
             num_experts=config.num_experts,
             top_k=config.top_k,
             local_expert_offset=problem.local_expert_offset,

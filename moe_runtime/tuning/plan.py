@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,18 +18,26 @@ import filelock
 import msgspec
 
 from ..config import MoEConfig, RoutingMethod
+from ..distributions import recording_digest
 from ..errors import InvalidArgument, MoEError, PlanRefused
 from ..parallel import Parallel
-from ..workload import DISPATCH, bucket_index, buckets
+from ..workload import kernel_rows
 
 if TYPE_CHECKING:
     from ..executors.base import MoEProblem
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 ACTIVATION = "swiglu"
 
+Objective = Literal["mean", "p95"]
+OBJECTIVES: tuple[Objective, ...] = ("mean", "p95")
 
-class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+class PlanKey(_Record, frozen=True):
     """Everything that changes which tactic is best. Ranks of equal shards share a plan, so no rank is named."""
 
     format: str
@@ -37,10 +47,13 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_k: int
     activation: str
     routing: str
-    regime: Literal["dep", "ep"]
+    regime: Literal["dep", "ep", "tp"]
     size: int
+    tp_size: int
     dispatch: str
     distribution: str
+    recording: str
+    objective: Objective
     tune_max_num_tokens: int
     device: str
     library_hash: str
@@ -53,7 +66,11 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         tune_max_num_tokens: int,
         device: str,
         library_hash: str,
+        dispatch: str = "compact",
+        objective: Objective = "mean",
+        recording: str | None = None,
     ) -> PlanKey:
+        """recording: digest of a recorded distribution's file; None to read the file, "" where there is none."""
         config, parallel = problem.config, problem.parallel
         return cls(
             format=config.format,
@@ -65,12 +82,20 @@ class PlanKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             routing=routing_name(config),
             regime=parallel.regime,
             size=parallel.size,
-            dispatch=DISPATCH,
+            tp_size=parallel.tp_size,
+            dispatch=dispatch,
             distribution=distribution,
+            recording=recording_digest(distribution) if recording is None else recording,
+            objective=objective,
             tune_max_num_tokens=tune_max_num_tokens,
             device=device,
             library_hash=library_hash,
         )
+
+    @property
+    def parallel(self) -> Parallel:
+        """The layout, seen from rank 0."""
+        return Parallel(self.regime, self.size, tp_size=self.tp_size)
 
 
 def routing_name(config: MoEConfig) -> str:
@@ -79,23 +104,45 @@ def routing_name(config: MoEConfig) -> str:
     return name if config.n_group == 1 else f"{name}:{config.topk_group}/{config.n_group}"
 
 
-class GemmChoice(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Timing(_Record, frozen=True):
+    """Microseconds of one tactic: the objective over the workload samples, and its bootstrap confidence interval."""
+
+    us: float
+    low: float
+    high: float
+
+
+class GemmChoice(_Record, frozen=True):
     """The tactic of one GEMM in one bucket.
 
-    us, default_us: median microseconds of the chosen and of the default tactic; None where nothing was timed
-    (no row reaches this rank in this bucket), default_us also where the default itself was rejected.
-    rejected: reason by tactic for those that cannot run, raised, or computed a wrong result.
+    timings: by tactic that was timed, the default included unless it was rejected; tactics that left the race early
+    have wider intervals. Empty where no row reaches this rank in this bucket.
+    rejected: reason by tactic for those that cannot run, faulted, or computed a wrong result.
+    predicted: the cost model's microseconds by tactic; a tactic neither timed nor rejected was pruned on it.
     """
 
     tactic: str
-    us: float | None
     default_tactic: str
-    default_us: float | None
+    timings: dict[str, Timing] = {}
     rejected: dict[str, str] = {}
+    predicted: dict[str, float] = {}
+
+    @property
+    def us(self) -> float | None:
+        """Of the chosen tactic; None where nothing was timed."""
+        return self._us(self.tactic)
+
+    @property
+    def default_us(self) -> float | None:
+        """Of the default tactic; None where nothing was timed or the default itself was rejected."""
+        return self._us(self.default_tactic)
+
+    def _us(self, tactic: str) -> float | None:
+        return self.timings[tactic].us if tactic in self.timings else None
 
 
-class PlanEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One bucket: tokens per rank, GEMM rows that the workload brought to this rank, and both GEMMs' choices."""
+class PlanEntry(_Record, frozen=True):
+    """One bucket: tokens per rank, GEMM rows that the first sample brought to this rank, and both GEMMs' choices."""
 
     bucket: int
     rows: int
@@ -107,15 +154,27 @@ class _Header(msgspec.Struct):
     schema_version: int
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, dict=True):
-    """A tuned plan. `entries` ascend by bucket; a plan that is not `complete` lacks the larger buckets."""
+class Plan(_Record, frozen=True, kw_only=True, dict=True):
+    """A tuned plan.
+
+    buckets: tokens per rank of all buckets that the plan is to have, ascending. A call of d tokens per rank takes the
+    largest bucket <= d, and the smallest bucket for less.
+    entries: those tuned so far, ascending; a plan that is not `complete` lacks some, whose calls run the default.
+    samples: workloads drawn per bucket. margin, confidence: how surely a winner had to beat the default.
+    quarantined: reason by tactic for those that faulted anywhere; no entry chooses one.
+    """
 
     schema_version: int = SCHEMA_VERSION
     key: PlanKey
     seed: int
+    samples: int
+    margin: float
+    confidence: float
     created: str = msgspec.field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     complete: bool
+    buckets: tuple[int, ...]
     entries: tuple[PlanEntry, ...]
+    quarantined: dict[str, str] = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all. Raises InvalidArgument where the folder cannot be written."""
@@ -159,22 +218,23 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def _inconsistency(self) -> str | None:
         try:
-            Parallel(self.key.regime, self.key.size).validate_experts(self.key.num_experts)
-            expected = buckets(self.key.tune_max_num_tokens)
+            self.key.parallel.validate_experts(self.key.num_experts)
+            check_buckets(self.buckets, self.key.tune_max_num_tokens)
         except MoEError as error:
             return str(error)
         found = [entry.bucket for entry in self.entries]
-        if found != [bucket for bucket in expected if bucket in found]:
-            return f"buckets {found} are not an ascending choice of {expected}"
-        if self.complete and not found:
-            return "complete, but without entries"
+        if found != [bucket for bucket in self.buckets if bucket in found]:
+            return f"entries {found} are not an ascending choice of the buckets {list(self.buckets)}"
+        if self.complete != (len(found) == len(self.buckets)):
+            return f"complete is {self.complete}, with entries for {len(found)} of {len(self.buckets)} buckets"
         for entry in self.entries:
             for choice in (entry.gemm1, entry.gemm2):
-                for us in (choice.us, choice.default_us):
-                    if us is not None and not (math.isfinite(us) and us > 0):
-                        return f"bucket {entry.bucket} holds a time of {us} us"
-                if choice.tactic in choice.rejected:
-                    return f"bucket {entry.bucket} chose {choice.tactic}, which it rejected"
+                for tactic, timing in choice.timings.items():
+                    if not (0 < timing.low <= timing.us <= timing.high and math.isfinite(timing.high)):
+                        return f"bucket {entry.bucket} holds a time of {timing.us} us for {tactic}"
+                for reasons in (choice.rejected, self.quarantined):
+                    if choice.tactic in reasons:
+                        return f"bucket {entry.bucket} chose {choice.tactic}, which was rejected"
         return None
 
     def fits(
@@ -190,6 +250,9 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
             self.key.tune_max_num_tokens if tune_max_num_tokens is None else tune_max_num_tokens,
             device,
             library_hash,
+            self.key.dispatch,
+            self.key.objective,
+            self.key.recording,
         )
         differences = [
             f"{name} {getattr(self.key, name)} (here {getattr(asked, name)})"
@@ -206,36 +269,58 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     def lookup(self, num_kernel_rows: int) -> tuple[str, str] | None:
         """Tactics (gemm1, gemm2) of a call with that many rows; None where its bucket was not tuned."""
-        parallel, tune_max_num_tokens, table = self._table
-        return table[bucket_index(num_kernel_rows, parallel, tune_max_num_tokens)]
+        starts, tactics = self.table
+        return tactics[bisect_right(starts, num_kernel_rows) - 1]
 
     @cached_property
-    def _table(self) -> tuple[Parallel, int, list[tuple[str, str] | None]]:
+    def table(self) -> tuple[tuple[int, ...], tuple[tuple[str, str] | None, ...]]:
+        """(starts, tactics): a call of x kernel rows runs tactics[i] for the last starts[i] <= x; starts[0] is 0."""
         chosen = {entry.bucket: (entry.gemm1.tactic, entry.gemm2.tactic) for entry in self.entries}
-        table = [chosen.get(bucket) for bucket in buckets(self.key.tune_max_num_tokens)]
-        return Parallel(self.key.regime, self.key.size), self.key.tune_max_num_tokens, table
+        rows_a_token = kernel_rows(1, self.key.parallel)
+        starts = (0, *(bucket * rows_a_token for bucket in self.buckets[1:]))
+        return starts, tuple(chosen.get(bucket) for bucket in self.buckets)
+
+    def digest(self) -> str:
+        """sha256 of everything but `created`, in hexadecimal: ranks that hold the same plan agree on it."""
+        undated = msgspec.structs.replace(self, created="")
+        return hashlib.sha256(msgspec.json.encode(undated, order="deterministic")).hexdigest()
+
+
+def check_buckets(buckets: Sequence[int], tune_max_num_tokens: int) -> tuple[int, ...]:
+    """The buckets as a tuple. Raises InvalidArgument unless they ascend from 1 or more to at most the maximum."""
+    if tune_max_num_tokens < 1:
+        raise InvalidArgument("tune_max_num_tokens", tune_max_num_tokens, "1 or more")
+    found = tuple(buckets)
+    if not found or list(found) != sorted(set(found)) or found[0] < 1 or found[-1] > tune_max_num_tokens:
+        accepted = f"ascending numbers of tokens from 1 to tune_max_num_tokens = {tune_max_num_tokens}"
+        raise InvalidArgument("buckets", list(found), accepted)
+    return found
 
 
 _TUNE = "run `moe-runtime tune` for this model, layout and machine"
 
 
 @contextmanager
-def plan_lock(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Held while a plan is tuned into `path`, so that two tuners do not resume from and replace one file.
+def plan_lock(path: str | os.PathLike[str], wait_seconds: float = 0.0) -> Iterator[None]:
+    """Held while a plan is tuned or merged into `path`, so that two writers do not start from and replace one file.
 
-    Raises InvalidArgument when another process holds it or the folder cannot be written.
+    Raises InvalidArgument when another process still holds it after `wait_seconds` or the folder cannot be written.
     """
     target = Path(path)
+    lock = filelock.FileLock(target.with_name(f".{target.name}.lock"))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            yield
+        lock.acquire(timeout=wait_seconds)
     except filelock.Timeout:
         raise InvalidArgument(
             "output", target, "a plan that no other process is tuning", "Wait for it, or choose another file."
         ) from None
-    except PermissionError as error:
+    except OSError as error:
         raise _not_writable(target, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _not_writable(target: Path, error: OSError) -> InvalidArgument:

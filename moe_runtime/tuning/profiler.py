@@ -1,65 +1,111 @@
-"""Which tactic of one GEMM wins at one workload: results are checked first, then the tactics race."""
+"""Which tactic of one GEMM wins at one bucket: results are checked first, then the tactics race."""
 
 from __future__ import annotations
 
-import statistics
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from ..executors.base import GemmTrial
+from .measure import Rule, Times, judge, objective_us, winner
+from .plan import Timing
 
-MARGIN = 0.02
-"""A winner replaces the default only when it is faster by more than this. Medians of two runs of one tactic lie
-up to 2 % apart, and a plan that follows such noise loses to the default elsewhere."""
-
-SCOUT_REPEATS = 2
-OUT_OF_RACE = 2.0
-"""A tactic whose best scouted time is this many times the fastest's leaves the race: noise does not bridge that."""
+SCOUT_ROUNDS = 2
+FINALISTS = 3
+NEAR = 1.05
+"""A heat keeps its faster half, and whoever is within this of the fastest: few rounds cannot tell those apart."""
+HOPELESS = 2.0
+"""Slower than the fastest by this, a tactic leaves whichever half it is in: noise does not bridge that."""
 
 RACE_SECONDS = 0.5
-MIN_REPEATS, MAX_REPEATS = 5, 31
-"""Repeats of the race: as many as RACE_SECONDS holds, enough for a median, and no more than steady it."""
+MIN_ROUNDS, MAX_ROUNDS = 5, 31
+"""Rounds of the final: as many as RACE_SECONDS holds, enough for a median, and no more than steady it."""
+
+
+class OutOfTime(Exception):
+    """The deadline passed before the race was decided."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """us: median microseconds by tactic that raced. rejected: reason by tactic that cannot run or is wrong."""
+    """timings: by tactic that was timed. rejected: reason by tactic that cannot run or is wrong.
 
-    us: Mapping[str, float]
+    tactic: the winner; None where every tactic was rejected.
+    """
+
+    tactic: str | None
+    timings: Mapping[str, Timing]
     rejected: Mapping[str, str]
 
 
-def profile(trial: GemmTrial, tactics: Sequence[str], default: str, tolerance: float) -> Profile:
-    """Checks every tactic's result, then times those that passed; the default is timed to the end.
+def profile(
+    trials: Sequence[GemmTrial],
+    tactics: Sequence[str],
+    default: str,
+    tolerance: float,
+    rule: Rule,
+    deadline: float = math.inf,
+) -> Profile:
+    """Checks every tactic's result, then times those that passed in heats; the default stays to the end.
 
-    tolerance: largest accepted ||result - reference|| / ||reference||.
+    trials: one for each workload sample; results are checked on the first. tolerance: largest accepted
+    ||result - reference|| / ||reference||. deadline: on time.monotonic's clock.
+
+    The final's times alone decide: in earlier heats the luckiest of many looks best, and is not.
+    Raises OutOfTime.
     """
+    rejected = _check_all(trials[0], tactics, tolerance, deadline)
+    racing = [tactic for tactic in tactics if tactic not in rejected]
+    if not racing:
+        return Profile(None, {}, rejected)
+    times: dict[str, Times] = {}
+    rounds, decided = SCOUT_ROUNDS, False
+    while not decided:
+        times |= _race(trials, racing, rounds, deadline)
+        us = {tactic: objective_us(times[tactic], rule.objective) for tactic in racing}
+        stay = _stay(us, default) if len(racing) > FINALISTS else racing
+        decided = len(stay) <= FINALISTS or len(stay) == len(racing)
+        racing, rounds = stay, 2 * rounds
+    round_seconds = 1e-6 * sum(float(times[tactic][:, -1].sum()) for tactic in racing)
+    seconds = min(RACE_SECONDS * len(trials), deadline - time.monotonic())
+    final = _race(trials, racing, max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds))), deadline)
+    return Profile(winner(final, default, rule), judge(times | final, rule), rejected)
+
+
+def _stay(us: Mapping[str, float], default: str) -> list[str]:
+    """Who stays after a heat, in the order given."""
+    best, half = min(us.values()), sorted(us.values())[(len(us) - 1) // 2]
+    limit = max(min(half, HOPELESS * best), NEAR * best)
+    return [tactic for tactic in us if us[tactic] <= limit or tactic == default]
+
+
+def _race(trials: Sequence[GemmTrial], tactics: Sequence[str], rounds: int, deadline: float) -> dict[str, Times]:
+    """Microseconds [samples, rounds] by tactic."""
+    if time.monotonic() > deadline:
+        raise OutOfTime
+    by_trial = [trial.time(tactics, rounds) for trial in trials]
+    return {tactic: np.array([times[tactic] for times in by_trial]) for tactic in tactics}
+
+
+def _check_all(trial: GemmTrial, tactics: Sequence[str], tolerance: float, deadline: float) -> dict[str, str]:
     reference = trial.reference()
-    verdicts = {tactic: _check(trial, tactic, reference, tolerance) for tactic in tactics}
-    rejected = {tactic: reason for tactic, reason in verdicts.items() if reason is not None}
-    sound = [tactic for tactic in tactics if tactic not in rejected]
-    if not sound:
-        return Profile({}, rejected)
-    scouted = {tactic: min(times) for tactic, times in trial.time(sound, SCOUT_REPEATS).items()}
-    limit = OUT_OF_RACE * min(scouted.values())
-    racing = [tactic for tactic in sound if scouted[tactic] <= limit or tactic == default]
-    round_seconds = sum(scouted[tactic] for tactic in racing) * 1e-6
-    repeats = max(MIN_REPEATS, min(MAX_REPEATS, int(RACE_SECONDS / round_seconds)))
-    times = trial.time(racing, repeats)
-    return Profile({tactic: statistics.median(times[tactic]) for tactic in racing}, rejected)
+    reasons = {}
+    for tactic in tactics:
+        if time.monotonic() > deadline:
+            raise OutOfTime
+        reason = check(trial, tactic, reference, tolerance)
+        if reason is not None:
+            reasons[tactic] = reason
+    return reasons
 
 
-def winner(us: Mapping[str, float], default: str) -> str:
-    """The fastest tactic, or the default where nothing beats it by more than `MARGIN`."""
-    fastest = min(us, key=lambda tactic: us[tactic])
-    if default in us and us[fastest] > us[default] * (1 - MARGIN):
-        return default
-    return fastest
-
-
-def _check(trial: GemmTrial, tactic: str, reference: tuple[Tensor, Tensor], tolerance: float) -> str | None:
+def check(trial: GemmTrial, tactic: str, reference: tuple[Tensor, Tensor], tolerance: float) -> str | None:
+    """None when the tactic's result is right, else the reason. tolerance: of ||result - reference|| / ||reference||."""
     row_index, expected = reference
     try:
         result = trial.run(tactic)
@@ -67,8 +113,14 @@ def _check(trial: GemmTrial, tactic: str, reference: tuple[Tensor, Tensor], tole
         if not result.isfinite().all():
             return "wrong result: not finite, or left unwritten, somewhere"
         error = float((result[row_index].float() - expected).norm() / expected.norm())
+    except torch.OutOfMemoryError as failure:
+        return f"{NO_MEMORY}: {failure}"
     except Exception as failure:  # whatever a candidate raises disqualifies it, and only it
         return f"raised {type(failure).__name__}: {failure}"
     if not error <= tolerance:  # NaN must not pass
         return f"wrong result: relative error {error:.2g}, accepted {tolerance:.2g}"
     return None
+
+
+NO_MEMORY = "no memory"
+"""How the reason begins where a tactic or its trial did not fit: that is no fault of the tactic's."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,16 +27,19 @@ def tune_into(
     distribution: str,
     seed: int,
     console: Console,
+    tuner: Callable[..., Plan] = tune,
+    **settings: Any,
 ) -> Plan:
-    """`tune`, with progress on `console` and the plan saved at `path` after every bucket.
+    """Tunes, with progress on `console` and the plan saved at `path` after every bucket.
 
+    tuner: `tune`, or what takes its arguments. settings: its further keywords.
     An incomplete plan of the same key and seed that lies at `path` is gone on with; a complete one or another's is
     replaced. Raises PlanRefused for a file there that is no plan, InvalidArgument where `path` cannot be written.
     """
     with plan_lock(path):
         earlier = _earlier(path)
         with _progress(console, str(problem.parallel)) as on_step:
-            plan = tune(
+            plan = tuner(
                 problem,
                 weights,
                 executor,
@@ -45,6 +49,7 @@ def tune_into(
                 resume=earlier,
                 on_bucket=lambda so_far: so_far.save(path),
                 on_step=on_step,
+                **settings,
             )
         plan.save(path)
         return plan

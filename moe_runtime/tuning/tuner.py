@@ -1,16 +1,30 @@
-"""Tunes one layer: for every bucket the workload that one rank sees, and for each of its GEMMs the best tactic."""
+"""Tunes one layer: for every bucket the workloads that one rank sees, and for each of its GEMMs the best tactic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch
 
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
+from ..executors.cuda import CudaExecutor
 from ..weights import FP8BlockWeights
-from ..workload import Workload, default_distribution, kernel_rows, make_workload
-from ..workload import buckets as all_buckets
-from .plan import GemmChoice, Plan, PlanEntry, PlanKey
-from .profiler import profile, winner
+from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows, make_workload
+from .buckets import by_usefulness, plan_buckets
+from .cost import predict, promising
+from .measure import CONFIDENCE, MARGIN, Rule, objective_us
+from .plan import GemmChoice, Objective, Plan, PlanEntry, PlanKey, check_buckets
+from .profiler import NO_MEMORY, OutOfTime, profile
+
+if TYPE_CHECKING:
+    from .quarantine import Vet
 
 TOLERANCE = {"cuda": 3e-3, "cpu": 2e-2}
 """Relative error of one GEMM against its reference; CPU tactics may accumulate in bf16."""
@@ -27,74 +41,234 @@ def tune(
     distribution: str | None = None,
     seed: int = 0,
     *,
+    dispatch: str = "compact",
+    objective: Objective = "mean",
+    samples: int = 1,
+    margin: float = MARGIN,
+    confidence: float = CONFIDENCE,
+    budget_seconds: float | None = None,
     buckets: Sequence[int] | None = None,
     resume: Plan | None = None,
     on_bucket: OnBucket | None = None,
     on_step: OnStep | None = None,
+    vet: Vet | None = None,
 ) -> Plan:
     """Tunes the layer's buckets and returns the plan.
 
-    buckets: those to tune, of `workload.buckets(tune_max_num_tokens)`; None for all. A plan of some is not `complete`.
-    resume: an earlier, incomplete plan; its buckets are kept where its key and seed are those asked for.
+    samples: workloads drawn per bucket, with seeds seed, seed + 1, ... objective: over their times.
+    margin, confidence: how surely a winner must beat the default; see `measure.Rule`.
+    budget_seconds: cap on the time; buckets that do not fit are left out and keep the default, smallest cost for most
+        use first. None: no cap.
+    buckets: tokens per rank, ascending; None for `buckets.plan_buckets`.
+    resume: an earlier, incomplete plan; its buckets are kept where it was tuned as this one is to be.
     on_bucket: called with the plan so far after each bucket, so that an interruption loses one bucket at most.
     on_step: called before each step with the share of the work that is done, 0 to 1, and what comes next.
+    vet: says which tactics fault, from where they can do no harm; see `quarantine.vetting`.
 
-    Raises InvalidArgument for a bucket that does not exist, Unsupported when no tactic of a GEMM gives a right result.
+    Raises InvalidArgument for what is out of range, and a budget that holds no bucket; Unsupported when no tactic of a
+    GEMM gives a right result, and while a CUDA graph is captured.
     """
-    distribution = default_distribution() if distribution is None else distribution
-    every = all_buckets(tune_max_num_tokens)
-    wanted = every if buckets is None else sorted(set(buckets))
-    if not set(wanted) <= set(every):
-        raise InvalidArgument("buckets", list(wanted), f"some of {every}")
-    key = PlanKey.of(problem, distribution, tune_max_num_tokens, executor.device_name, executor.library_hash)
-    kept = resume is not None and (resume.key, resume.seed, resume.complete) == (key, seed, False)
-    entries = {entry.bucket: entry for entry in resume.entries} if resume is not None and kept else {}
-
-    def plan() -> Plan:
-        ascending = tuple(entries[bucket] for bucket in sorted(entries))
-        return Plan(key=key, seed=seed, complete=len(ascending) == len(every), entries=ascending)
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise Unsupported("tuning inside a CUDA-graph capture: it times and synchronises. Tune before the capture")
+    if samples < 1:
+        raise InvalidArgument("samples", samples, "1 or more")
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise InvalidArgument("budget", f"{budget_seconds:g} s", "more than 0 seconds")
+    distribution = default_distribution() if distribution is None else check_distribution(distribution)
+    check_dispatch(dispatch)
+    rule = Rule(objective, margin, confidence, seed)
+    if buckets is None:
+        wanted = plan_buckets(problem, executor, tune_max_num_tokens, distribution)
+    else:
+        wanted = check_buckets(buckets, tune_max_num_tokens)
+    blank = Plan(
+        key=PlanKey.of(
+            problem, distribution, tune_max_num_tokens, executor.device_name, executor.library_hash, dispatch, objective
+        ),
+        seed=seed,
+        samples=samples,
+        margin=margin,
+        confidence=confidence,
+        complete=False,
+        buckets=wanted,
+        entries=(),
+    )
+    kept = resume if resume is not None and _same_settings(resume, blank) else blank
+    entries = {entry.bucket: entry for entry in kept.entries if entry.bucket in wanted}
+    task = _Task(problem, weights, executor, distribution, dispatch, samples, seed, rule, vet, dict(kept.quarantined))
 
     missing = [bucket for bucket in wanted if bucket not in entries]
-    work = [_expected_work(problem, bucket) for bucket in missing]
-    for index, bucket in enumerate(missing):
-        workload = make_workload(problem.config, problem.parallel, bucket, distribution, seed)
+    order = missing[:1] + by_usefulness(missing[1:])  # the smallest takes least time, so it shows what a budget holds
+    clock = _Clock(time.monotonic(), budget_seconds, sum(map(task.work, missing)))
+    for bucket in order:
+        if entries and not clock.holds(task.work(bucket)):
+            continue
+        try:
+            entry = task.entry(bucket, clock if entries else clock.without_deadline(), on_step)
+        except OutOfTime:
+            continue
+        clock.done += task.work(bucket)
+        if not entries and clock.overdrawn():
+            least = f"{1.2 * clock.elapsed():.1f} s or more, for the smallest bucket alone took {clock.elapsed():.1f} s"
+            raise InvalidArgument("budget", f"{budget_seconds:g} s", least)
+        entries[bucket] = entry
+        if on_bucket is not None:
+            on_bucket(assemble(blank, entries, task.quarantined))
+    return assemble(blank, entries, task.quarantined)
+
+
+@dataclass
+class _Clock:
+    """The time of one tuning run. begin: on time.monotonic's clock. work: of all buckets. done: of those tuned."""
+
+    begin: float
+    budget_seconds: float | None
+    work: float
+    done: float = 0.0
+
+    @property
+    def deadline(self) -> float:
+        return math.inf if self.budget_seconds is None else self.begin + self.budget_seconds
+
+    def without_deadline(self) -> _Clock:
+        return _Clock(self.begin, None, self.work, self.done)
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begin
+
+    def overdrawn(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def holds(self, work: float) -> bool:
+        """Whether a bucket of that much work, taking as long as those before it, ends before the deadline."""
+        expected = self.elapsed() / self.done * work if self.done else 0.0
+        return time.monotonic() + expected <= self.deadline
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is the same for all buckets. quarantined: reason by tactic that faulted, of which there may come more."""
+
+    problem: MoEProblem
+    weights: FP8BlockWeights
+    executor: Executor
+    distribution: str
+    dispatch: str
+    samples: int
+    seed: int
+    rule: Rule
+    vet: Vet | None
+    quarantined: dict[str, str]
+
+    def work(self, bucket: int) -> float:
+        """Relative time of tuning a bucket: what every bucket takes, and a share by its rows."""
+        return self.problem.config.num_experts + bucket
+
+    def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
+        workloads = [
+            make_workload(
+                self.problem.config, self.problem.parallel, bucket, self.distribution, self.seed + sample, self.dispatch
+            )
+            for sample in range(self.samples)
+        ]
         choices: dict[str, GemmChoice] = {}
         for half, gemm in enumerate(GEMMS):
             if on_step is not None:
-                done = sum(work[:index]) + work[index] * half / len(GEMMS)
-                on_step(done / sum(work), f"{bucket} tokens, {gemm}")
-            choices[gemm] = _choose(problem, weights, executor, workload, gemm, seed)
-        entries[bucket] = PlanEntry(bucket=bucket, rows=workload.local_slots, **choices)
-        if on_bucket is not None:
-            on_bucket(plan())
-    return plan()
+                done = clock.done + self.work(bucket) * half / len(GEMMS)
+                on_step(done / clock.work, f"{bucket} tokens, {gemm}")
+            choices[gemm] = self.choose(workloads, gemm, clock.deadline)
+        return PlanEntry(bucket=bucket, rows=workloads[0].local_slots, **choices)
+
+    def choose(self, workloads: Sequence[Workload], gemm: Gemm, deadline: float) -> GemmChoice:
+        problem, executor, tokens = self.problem, self.executor, workloads[0].num_tokens
+        default = executor.default_tactic(problem, gemm, kernel_rows(tokens, problem.parallel))
+        workloads = [workload for workload in workloads if workload.local_slots]
+        if not workloads:
+            return GemmChoice(tactic=default, default_tactic=default)
+        tactics = executor.tactics(problem, gemm)
+        too_large = self._too_large(workloads)
+        if too_large is not None:
+            rejected = {tactic: too_large for tactic in tactics if tactic != default}
+            return GemmChoice(tactic=default, default_tactic=default, rejected=rejected)
+
+        refused = {tactic: executor.can_implement(problem, gemm, tactic) for tactic in tactics}
+        rejected = {tactic: reason for tactic, reason in refused.items() if reason is not None}
+        rejected |= {tactic: self.quarantined[tactic] for tactic in tactics if tactic in self.quarantined}
+        predicted = {
+            tactic: objective_us(np.array(us)[:, None], self.rule.objective)
+            for tactic, us in predict(executor, problem, gemm, workloads).items()
+            if tactic not in rejected
+        }
+        pruned = predicted.keys() - promising(predicted) - {default}
+        candidates = [tactic for tactic in tactics if tactic not in rejected and tactic not in pruned]
+        if self.vet is not None and candidates:
+            faults = self.vet(workloads[0], gemm, candidates)
+            self.quarantined.update(faults)
+            rejected |= faults
+            candidates = [tactic for tactic in candidates if tactic not in faults]
+        trials = [executor.gemm_trial(problem, self.weights, workload, gemm, self.seed) for workload in workloads]
+        measured = profile(trials, candidates, default, TOLERANCE[executor.name], self.rule, deadline)
+        self.quarantined.update({t: why for t, why in measured.rejected.items() if not why.startswith(NO_MEMORY)})
+        rejected |= measured.rejected
+        if measured.tactic is None:
+            reasons = "; ".join(f"{tactic}: {reason}" for tactic, reason in rejected.items())
+            raise Unsupported(f"no tactic of {gemm} works at {tokens} tokens: {reasons}")
+        return GemmChoice(
+            tactic=measured.tactic,
+            default_tactic=default,
+            timings=dict(measured.timings),
+            rejected=rejected,
+            predicted=predicted,
+        )
+
+    def _too_large(self, workloads: Sequence[Workload]) -> str | None:
+        """Why the trials of the workloads, which are held together, do not fit in memory."""
+        free = free_bytes(self.executor)
+        if free is None:
+            return None
+        needed = sum(
+            self.executor.workspace_bytes(self.problem, workload.num_rows)
+            + 2 * workload.num_rows * self.problem.config.hidden_size
+            for workload in workloads
+        )
+        if needed <= free:
+            return None
+        return f"{NO_MEMORY}: timing it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
-def _choose(
-    problem: MoEProblem, weights: FP8BlockWeights, executor: Executor, workload: Workload, gemm: Gemm, seed: int
-) -> GemmChoice:
-    default = executor.default_tactic(problem, gemm, kernel_rows(workload.num_tokens, problem.parallel))
-    if workload.local_slots == 0:
-        return GemmChoice(tactic=default, us=None, default_tactic=default, default_us=None)
-    tactics = executor.tactics(problem, gemm)
-    refused = {tactic: executor.can_implement(problem, gemm, tactic) for tactic in tactics}
-    runnable = [tactic for tactic in tactics if refused[tactic] is None]
-    trial = executor.gemm_trial(problem, weights, workload, gemm, seed)
-    measured = profile(trial, runnable, default, TOLERANCE[executor.name])
-    rejected = {tactic: reason for tactic, reason in refused.items() if reason is not None} | dict(measured.rejected)
-    if not measured.us:
-        reasons = "; ".join(f"{tactic}: {reason}" for tactic, reason in rejected.items())
-        raise Unsupported(f"no tactic of {gemm} works at {workload.num_tokens} tokens: {reasons}")
-    best = winner(measured.us, default)
-    return GemmChoice(
-        tactic=best,
-        us=measured.us[best],
-        default_tactic=default,
-        default_us=measured.us.get(default),
-        rejected=rejected,
+def free_bytes(executor: Executor) -> int | None:
+    """Memory that a trial may take; None where that is not limited: on CPUs trials take little beside the weights."""
+    if not isinstance(executor, CudaExecutor):
+        return None
+    free, _ = torch.cuda.mem_get_info(executor.device)
+    return free + torch.cuda.memory_reserved(executor.device) - torch.cuda.memory_allocated(executor.device)
+
+
+def _same_settings(resume: Plan, blank: Plan) -> bool:
+    """Whether an incomplete plan was tuned as the blank one is to be."""
+    settings = ("key", "seed", "samples", "margin", "confidence", "complete")
+    return all(getattr(resume, name) == getattr(blank, name) for name in settings)
+
+
+def assemble(blank: Plan, entries: Mapping[int, PlanEntry], quarantined: Mapping[str, str]) -> Plan:
+    amended = []
+    for bucket in sorted(entries):
+        entry = entries[bucket]
+        gemm1, gemm2 = _amended(entry.gemm1, quarantined), _amended(entry.gemm2, quarantined)
+        if gemm1 is not None and gemm2 is not None:
+            amended.append(msgspec.structs.replace(entry, gemm1=gemm1, gemm2=gemm2))
+    return msgspec.structs.replace(
+        blank, complete=len(amended) == len(blank.buckets), entries=tuple(amended), quarantined=dict(quarantined)
     )
 
 
-def _expected_work(problem: MoEProblem, bucket: int) -> float:
-    """Relative cost of tuning a bucket, for the time left: what every bucket costs, and a share by its rows."""
-    return problem.config.num_experts + bucket
+def _amended(choice: GemmChoice, quarantined: Mapping[str, str]) -> GemmChoice | None:
+    """The choice without a tactic that faulted after it was chosen; None where nothing is left to choose."""
+    if choice.tactic not in quarantined:
+        return choice
+    sound = {tactic: timing.us for tactic, timing in choice.timings.items() if tactic not in quarantined}
+    if not sound:
+        return None
+    tactic = choice.default_tactic if choice.default_tactic in sound else min(sound, key=lambda name: sound[name])
+    faulted = {name: reason for name, reason in quarantined.items() if name in choice.timings}
+    return msgspec.structs.replace(choice, tactic=tactic, rejected=choice.rejected | faulted)

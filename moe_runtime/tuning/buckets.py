@@ -1,0 +1,84 @@
+"""Which numbers of tokens per rank a plan tunes.
+
+A call takes the largest bucket that is not above its tokens per rank, so a bucket's tactic serves every call up to the
+next bucket. The best tile changes where experts outgrow a tile of tokens: a bucket starts where every expert has one
+row more than a tile holds, for there and up to the next tile the same tile is best. Elsewhere powers of two do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from ..executors.base import Executor, MoEProblem
+from ..executors.cuda import CudaExecutor
+from ..workload import buckets as powers_of_two
+from ..workload import kernel_rows
+
+MOST = 20
+"""Every bucket costs a second or so of tuning and a line in the plan."""
+NEAR = math.sqrt(2)
+"""A power of two that is closer than this to a change of tile would split a range that one tile serves."""
+SMEARED_GAP = 1.6
+
+
+def plan_buckets(
+    problem: MoEProblem, executor: Executor, tune_max_num_tokens: int, distribution: str
+) -> tuple[int, ...]:
+    """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1."""
+    tiles = {v.token_tile for v in executor.library.variants.values()} if isinstance(executor, CudaExecutor) else ()
+    return propose(problem, tune_max_num_tokens, sorted(tiles), smeared=distribution != "balanced")
+
+
+def propose(
+    problem: MoEProblem, tune_max_num_tokens: int, token_tiles: Sequence[int], smeared: bool = False
+) -> tuple[int, ...]:
+    """At most `MOST` buckets up to tune_max_num_tokens, ascending from 1; powers of two where there are no token_tiles.
+
+    token_tiles: tokens of one tile of each kernel. One tile or two of them an expert: beyond, padding matters little.
+    smeared: experts get unequal rows, which spreads a change of tile over the tokens before it: adds points halfway.
+    """
+    powers = powers_of_two(tune_max_num_tokens)
+    rows_an_expert = problem.config.top_k * kernel_rows(1, problem.parallel) / problem.config.num_experts
+    filled = {tile * count for tile in token_tiles for count in (1, 2)}
+    changes = sorted({math.ceil((rows + 1) / rows_an_expert) for rows in filled})
+    changes = [tokens for tokens in changes if tokens <= tune_max_num_tokens]
+    chosen = set(changes) | {p for p in powers if all(max(p / c, c / p) >= NEAR for c in changes)} | {1}
+    if smeared and changes:
+        _halve_gaps(chosen, changes[0] // 2, changes[-1])
+    while len(chosen) > MOST:
+        ascending = sorted(chosen)
+        # The bucket that reaches least far beyond the one before it.
+        chosen.remove(min(ascending[1:], key=lambda tokens: tokens / ascending[ascending.index(tokens) - 1]))
+    return tuple(sorted(chosen))
+
+
+def _halve_gaps(chosen: set[int], low: int, high: int) -> None:
+    """Splits the widest gaps between low and high, by ratio, while they exceed `SMEARED_GAP` and `MOST` allows."""
+    while len(chosen) < MOST:
+        within = [tokens for tokens in sorted(chosen) if low <= tokens <= high]
+        gaps = {second / first: (first, second) for first, second in pairwise(within)}
+        widest = max(gaps, default=0.0)
+        if widest <= SMEARED_GAP:
+            return
+        first, second = gaps[widest]
+        middle = round(math.sqrt(first * second))
+        if middle in chosen:
+            return
+        chosen.add(middle)
+
+
+def by_usefulness(buckets: Sequence[int]) -> list[int]:
+    """The middle first, then the middles of what is left on both sides, and so on.
+
+    However early tuning stops, what is done is spread over the whole range of calls; and it starts where defaults,
+    which are right for very few and very many tokens, are most often wrong.
+    """
+    order, ranges = [], [(0, len(buckets))]
+    for low, high in ranges:
+        if low < high:
+            middle = (low + high) // 2
+            order.append(buckets[middle])
+            ranges += [(low, middle), (middle + 1, high)]
+    return order

@@ -1,0 +1,110 @@
+"""What a kernel variant should cost at one workload, from bytes, FLOPs, and how its tiles fill the GPU.
+
+A grouped GEMM cuts each expert's [rows, N] output into tiles; each SM works on one tile at a time, so tiles go in
+waves. A tile costs its FLOPs at the rate of a tensor core, or its operands' bytes at the rate at which L2 feeds an SM,
+whichever takes longer. All of it takes at least as long as memory needs for what must be read and written once.
+
+The model leaves out latency, epilogues and the change of tensor maps between experts, so it is a lower bound, and a
+useful one: it prunes variants whose least time is beyond what the best of the others could reasonably need.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..executors.base import Executor, Gemm, MoEProblem
+from ..executors.cuda import CudaExecutor
+from ..formats.fp8_block import BLOCK
+from ..kernels import KernelVariant
+from ..workload import Workload
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Measured rates of one GPU: memory and L2 in TB/s, block-scaled e4m3 in TFLOP/s."""
+
+    memory: float
+    l2: float
+    flops: float
+
+
+ROOFS = {"NVIDIA H200": Roofs(memory=4.45, l2=9.6, flops=1200.0)}
+"""By device name. memory: of a kernel that only reads. l2, flops: the most that any variant reached where that was its
+limit. Without roofs nothing is predicted, and so nothing pruned."""
+
+HEADROOM = 1.5
+"""How far above the least prediction a variant may lie and still race. Over all sizes in benchmarks/results/h200, no
+variant is faster than predicted, and the fastest takes at most 1.43 times the least prediction: a variant predicted
+above that is slower than the fastest. The rest is for workloads that were not measured."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Microseconds of one variant at one workload.
+
+    memory_us: weights of experts with rows, rows and outputs, once through memory. tiles_us: `waves` waves of tiles.
+    """
+
+    memory_us: float
+    tiles_us: float
+    tiles: int
+    waves: int
+
+    @property
+    def us(self) -> float:
+        return max(self.memory_us, self.tiles_us)
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.memory_us >= self.tiles_us else "tiles"
+
+
+def cost(
+    variant: KernelVariant, rows_per_expert: Sequence[int], shape: tuple[int, int], sm_count: int, roofs: Roofs
+) -> Cost:
+    """The cost of a grouped GEMM with these rows per local expert. shape: (N, K) of its weights."""
+    n, k = shape
+    token_tile, weight_tile = variant.token_tile, variant.tile[0] if variant.swap_ab else variant.tile[1]
+    cluster_tokens, cluster_weights = reversed(variant.cluster) if variant.swap_ab else variant.cluster
+    occupied = [rows for rows in rows_per_expert if rows > 0]
+
+    # Every thread block of a cluster holds its SM, also where its own tile lies outside the expert's rows.
+    across = cluster_weights * math.ceil(n / (weight_tile * cluster_weights))
+    tiles = across * sum(cluster_tokens * math.ceil(rows / (token_tile * cluster_tokens)) for rows in occupied)
+    cluster_size = cluster_tokens * cluster_weights
+    waves = math.ceil(tiles / (sm_count // cluster_size * cluster_size))
+
+    tile_flops = 2 * token_tile * weight_tile * k
+    # A cluster reads what its blocks share once: the tokens of its weight tiles, the weights of its token tiles.
+    tile_bytes = k * (token_tile / cluster_weights + weight_tile / cluster_tokens)
+    tile_us = sm_count * max(tile_flops / roofs.flops, tile_bytes / roofs.l2) / 1e6
+
+    scaled = 1 + 4 / BLOCK  # an e4m3 value and its share of the scale
+    rows_bytes = sum(occupied) * (k * scaled + 2 * n)
+    memory_us = (len(occupied) * n * k + rows_bytes) / roofs.memory / 1e6
+    return Cost(memory_us, waves * tile_us, tiles, waves)
+
+
+def predict(
+    executor: Executor, problem: MoEProblem, gemm: Gemm, workloads: Iterable[Workload]
+) -> dict[str, list[float]]:
+    """Microseconds by tactic, one for each workload; empty where the model knows nothing: CPUs, and other GPUs."""
+    if not isinstance(executor, CudaExecutor) or executor.device_name not in ROOFS:
+        return {}
+    roofs, shape = ROOFS[executor.device_name], problem.gemm_shape(gemm)
+    sm_count = torch.cuda.get_device_properties(executor.device).multi_processor_count
+    loads = [workload.rows_per_expert.tolist() for workload in workloads]
+    return {
+        name: [cost(variant, rows, shape, sm_count, roofs).us for rows in loads]
+        for name, variant in executor.library.variants.items()
+    }
+
+
+def promising(predicted: Mapping[str, float]) -> set[str]:
+    """The tactics that may still win by their predictions."""
+    limit = HEADROOM * min(predicted.values(), default=math.inf)
+    return {tactic for tactic, us in predicted.items() if us <= limit}

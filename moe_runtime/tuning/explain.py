@@ -1,0 +1,175 @@
+"""Why a plan runs the tactics that it runs at some number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import MoEError
+from ..executors.base import Gemm, MoEProblem
+from ..formats.fp8_block import BLOCK
+from ..workload import Workload, make_workload
+from .cost import ROOFS
+from .plan import GemmChoice, Plan, Timing
+from .plan_tools import choices, config_of, serving_bucket, serving_entry
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One tactic of one GEMM. timing: None where it was not timed. predicted: the cost model's microseconds.
+
+    note: "chosen", "default", or why it was out of the race; "" for one that lost it.
+    """
+
+    tactic: str
+    timing: Timing | None
+    predicted: float | None
+    note: str
+
+
+@dataclass(frozen=True)
+class Roof:
+    """The least microseconds that a GEMM can take by the device's measured roofs.
+
+    memory_us: to read the weights of experts with rows and all rows, and to write the result. flops_us: to multiply.
+    """
+
+    memory_us: float
+    flops_us: float
+
+
+@dataclass(frozen=True)
+class GemmExplanation:
+    """candidates: those timed, fastest first; then those pruned, by prediction; then those rejected.
+
+    roof: None for a device without measured roofs, or a workload that cannot be made here.
+    """
+
+    gemm: Gemm
+    tactic: str
+    decision: str
+    roof: Roof | None
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True)
+class RowsPerExpert:
+    """GEMM rows of this rank's experts in the bucket's first workload, seen from rank 0."""
+
+    experts: int
+    smallest: int
+    mean: float
+    largest: int
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """tokens: per rank, as asked. rows: GEMM rows that were tuned on; None where the bucket was not tuned.
+
+    rows_per_expert: a sentence where the workload cannot be made here, such as a recorded file that is elsewhere.
+    gemms: empty where the bucket was not tuned, and the default tactics run.
+    """
+
+    tokens: int
+    bucket: int
+    rounding: str
+    rows: int | None
+    rows_per_expert: RowsPerExpert | str
+    gemms: tuple[GemmExplanation, ...]
+
+
+def explain(plan: Plan, tokens: int) -> Explanation:
+    """What serves a call of `tokens` tokens per rank under the plan, and why. Raises PlanRefused for a damaged key."""
+    key, bucket, entry = plan.key, serving_bucket(plan, tokens), serving_entry(plan, tokens)
+    config = config_of(key)
+    workload: Workload | None = None
+    try:
+        workload = make_workload(config, key.parallel, bucket, key.distribution, plan.seed, key.dispatch)
+        rows_per_expert: RowsPerExpert | str = _spread(workload)
+    except MoEError as error:
+        rows_per_expert = f"unknown here: {error}"
+    gemms = [
+        GemmExplanation(
+            gemm=gemm,
+            tactic=choice.tactic,
+            decision=decision(plan, choice),
+            roof=None if workload is None else _roof(key.device, workload, gemm),
+            candidates=tuple(_candidates(plan, choice)),
+        )
+        for gemm, choice in (choices(entry) if entry is not None else ())
+    ]
+    rows = None if entry is None else entry.rows
+    return Explanation(tokens, bucket, _rounding(plan, tokens), rows, rows_per_expert, tuple(gemms))
+
+
+def _rounding(plan: Plan, tokens: int) -> str:
+    bucket = serving_bucket(plan, tokens)
+    if tokens == bucket:
+        return "a bucket of its own"
+    if tokens < bucket:
+        return f"fewer than the smallest bucket, which serves it: {bucket}"
+    if bucket == plan.buckets[-1]:
+        return f"more than the largest bucket, which serves it: {bucket}"
+    above = plan.buckets[plan.buckets.index(bucket) + 1]
+    return f"between two buckets, {bucket} and {above}: the lower one serves it"
+
+
+def _spread(workload: Workload) -> RowsPerExpert:
+    rows = workload.rows_per_expert
+    return RowsPerExpert(rows.numel(), int(rows.min()), float(rows.float().mean()), int(rows.max()))
+
+
+def _roof(device: str, workload: Workload, gemm: Gemm) -> Roof | None:
+    roofs = ROOFS.get(device)
+    if roofs is None:
+        return None
+    n, k = MoEProblem(workload.config, workload.parallel).gemm_shape(gemm)
+    rows, experts = workload.local_slots, int((workload.rows_per_expert > 0).sum())
+    # e4m3 operands with a float scale per 128 values of a row and per 128x128 of a weight, a bf16 result.
+    moved = experts * n * k * (1 + 4 / BLOCK**2) + rows * (k * (1 + 4 / BLOCK) + 2 * n)
+    return Roof(memory_us=moved / roofs.memory / 1e6, flops_us=2 * rows * n * k / roofs.flops / 1e6)
+
+
+def _candidates(plan: Plan, choice: GemmChoice) -> Iterator[Candidate]:
+    out = choice.rejected | {tactic: f"quarantined: {reason}" for tactic, reason in plan.quarantined.items()}
+    for tactic in sorted(choice.timings, key=lambda tactic: choice.timings[tactic].us):
+        yield Candidate(tactic, choice.timings[tactic], choice.predicted.get(tactic), _note(choice, tactic, out))
+    pruned = choice.predicted.keys() - choice.timings.keys() - out.keys()
+    for tactic in sorted(pruned, key=lambda tactic: choice.predicted[tactic]):
+        yield Candidate(tactic, None, choice.predicted[tactic], "not timed: the cost model ruled it out")
+    for tactic in sorted(out.keys() - choice.timings.keys()):
+        yield Candidate(tactic, None, choice.predicted.get(tactic), out[tactic])
+
+
+def _note(choice: GemmChoice, tactic: str, out: Mapping[str, str]) -> str:
+    if tactic in out:
+        return out[tactic]
+    marks = [mark for mark, name in (("chosen", choice.tactic), ("default", choice.default_tactic)) if name == tactic]
+    chosen = choice.timings.get(choice.tactic)
+    # The fastest of the final is chosen, or the default: who looks faster than another choice was not in the final.
+    if chosen is not None and choice.tactic != choice.default_tactic and choice.timings[tactic].us < chosen.us:
+        marks.append("out in an earlier heat")
+    return ", ".join(marks)
+
+
+def decision(plan: Plan, choice: GemmChoice) -> str:
+    """Which rule made the choice, in a sentence."""
+    timings, default = choice.timings, choice.default_tactic
+    if not timings:
+        why = next(iter(choice.rejected.values()), "no row reaches the rank in this bucket")
+        return f"nothing was timed ({why}): the default stays"
+    withdrawn = sorted(timings.keys() & choice.rejected.keys())  # a fault found before the race leaves no time
+    if withdrawn:
+        successor = "the default" if choice.tactic == default else "the fastest of the others"
+        return f"{', '.join(withdrawn)} faulted after the race: {successor} runs instead"
+    if default not in timings:
+        reason = choice.rejected.get(default) or plan.quarantined.get(default) or "not timed"
+        return f"the default, {default}, is out ({reason}): the fastest of the {len(timings)} timed runs"
+    fastest = min(timings, key=lambda tactic: timings[tactic].us)
+    if choice.tactic == default == fastest:
+        return f"the default is the fastest of {len(timings)} timed"
+    saved = 1 - timings[fastest if choice.tactic == default else choice.tactic].us / timings[default].us
+    rule = f"the margin of {plan.margin:.1%} over the whole {plan.confidence:.0%} confidence interval"
+    if choice.tactic == default:
+        return f"the default stays: {fastest} took {saved:.1%} less time, but none beat it by more than {rule}"
+    return f"took {saved:.1%} less time than the default, and beat it by more than {rule}"

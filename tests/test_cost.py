@@ -1,0 +1,194 @@
+"""The cost model against times of one H200, and the buckets against where tiles fill up."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_runtime import MoEConfig, Parallel, machine
+from moe_runtime.errors import InvalidArgument
+from moe_runtime.executors import get_executor
+from moe_runtime.executors.base import MoEProblem
+from moe_runtime.kernels import KernelVariant
+from moe_runtime.tuning.buckets import MOST, by_usefulness, plan_buckets, propose
+from moe_runtime.tuning.cost import HEADROOM, ROOFS, Roofs, cost, predict, promising
+from moe_runtime.workload import buckets as powers_of_two
+from moe_runtime.workload import make_workload
+
+MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h200" / "gemm.json"
+H200 = ROOFS["NVIDIA H200"]
+SMS = 132
+
+
+def variants() -> dict[str, KernelVariant]:
+    entries = [entry.variant for entry in machine.generator("catalogue").select("sm_90a")]
+    return {
+        v.name: KernelVariant(
+            0, v.name, (v.tile.m, v.tile.n, v.tile.k), (v.cluster.m, v.cluster.n), v.swap_ab, stages=0,
+            shared_memory_bytes=0,
+        )
+        for v in entries
+    }  # fmt: skip
+
+
+def points() -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    """(name, measured, predicted) of every GEMM and number of rows that was measured."""
+    known = variants()
+    found = []
+    for name, gemm in json.loads(MEASURED.read_text())["results"].items():
+        for rows, point in gemm["by_rows_per_expert"].items():
+            measured = point["interleaved_us"]
+            load, shape = [int(rows)] * gemm["groups"], (gemm["N"], gemm["K"])
+            predicted = {tactic: cost(known[tactic], load, shape, SMS, H200).us for tactic in measured}
+            found.append((f"{name}, {rows} rows", measured, predicted))
+    return found
+
+
+def test_no_variant_is_faster_than_predicted() -> None:
+    assert len(points()) == 44
+    for name, measured, predicted in points():
+        assert {tactic for tactic in measured if measured[tactic] < predicted[tactic]} == set(), name
+
+
+def test_the_headroom_is_what_it_says() -> None:
+    worst = max(min(measured.values()) / min(predicted.values()) for _, measured, predicted in points())
+    assert 1.42 < worst < 1.43 < HEADROOM
+
+
+def test_pruning_keeps_what_is_near_the_best_and_saves_time() -> None:
+    pruned = total = 0
+    kept_us = all_us = 0.0
+    for name, measured, predicted in points():
+        kept, best = promising(predicted), min(measured.values())
+        assert {tactic for tactic in measured if measured[tactic] <= 1.03 * best} <= kept, name
+        pruned, total = pruned + len(measured) - len(kept), total + len(measured)
+        kept_us, all_us = (
+            kept_us + sum(measured[tactic] for tactic in kept) / best,
+            all_us + sum(measured.values()) / best,
+        )
+    print(f"pruned {pruned} of {total} variants; timing the rest takes {kept_us / all_us:.0%} of timing all")
+    assert pruned / total > 0.25 and kept_us / all_us < 0.6
+
+
+def variant(tile: tuple[int, int], swap_ab: bool = False, cluster: tuple[int, int] = (1, 1)) -> KernelVariant:
+    return KernelVariant(0, "v", (*tile, 128), cluster, swap_ab, 0, 0)
+
+
+def test_tiles_and_waves_by_hand() -> None:
+    # 3 experts with rows: 1, 1 and 2 tiles of 64 tokens, each times 4 tiles of 128 weights.
+    found = cost(variant((128, 64), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, H200)
+    assert (found.tiles, found.waves) == (16, 2)
+    assert found.tiles_us == pytest.approx(2 * 10 * (64 + 128) * 1024 / H200.l2 / 1e6)
+    read = 3 * 512 * 1024 + 130 * (1024 * (1 + 4 / 128) + 2 * 512)
+    assert found.memory_us == pytest.approx(read / H200.memory / 1e6)
+    assert found.bound == ("memory" if found.memory_us > found.tiles_us else "tiles")
+
+
+def test_rows_count_and_not_their_mean() -> None:
+    shape, wide = (4096, 7168), variant((128, 64), swap_ab=True)
+    assert cost(wide, [0, 128] * 16, shape, SMS, H200).tiles == cost(wide, [64] * 32, shape, SMS, H200).tiles
+    assert cost(wide, [32, 96] * 16, shape, SMS, H200).tiles == 1.5 * cost(wide, [64] * 32, shape, SMS, H200).tiles
+
+
+def test_a_cluster_takes_its_blocks_together() -> None:
+    """Two token tiles share the weights: no use where an expert has only one, but half the reading where it has two."""
+    alone, pair = variant((128, 128)), variant((128, 128), cluster=(2, 1))
+    slow_l2 = Roofs(memory=4.0, l2=1.0, flops=1e9)
+    for rows, ratio in ((128, 1.5), (256, 0.75)):
+        one, two = (cost(v, [rows] * SMS, (128, 4096), SMS, slow_l2).tiles_us for v in (alone, pair))
+        assert two / one == pytest.approx(ratio)
+
+
+@given(
+    st.lists(st.integers(0, 3000), min_size=1, max_size=64).filter(any),
+    st.sampled_from(sorted(variants())),
+    st.integers(0, 63),
+)
+def test_more_rows_never_cost_less(rows: list[int], name: str, where: int) -> None:
+    more = list(rows)
+    more[where % len(rows)] += 1
+    before, after = (cost(variants()[name], load, (4096, 7168), SMS, H200).us for load in (rows, more))
+    assert 0 < before <= after
+
+
+def test_nothing_is_predicted_for_a_cpu() -> None:
+    shape = MoEProblem(MoEConfig("test", 256, 128, 8, 2), Parallel.parse("dep2"))
+    workload = make_workload(shape.config, shape.parallel, 4, "balanced")
+    assert predict(get_executor("cpu"), shape, "gemm1", [workload]) == {} and promising({}) == set()
+
+
+TILES = sorted({v.token_tile for v in variants().values()})
+
+
+def problem(model: str, parallel: str) -> MoEProblem:
+    return MoEProblem(MoEConfig.preset(model), Parallel.parse(parallel))
+
+
+def test_buckets_of_deepseek_r1_by_hand() -> None:
+    """dep8: 4 tokens a rank bring each expert a row, so a tile of 8 is outgrown at 36 tokens, one of 128 at 516."""
+    assert TILES == [8, 16, 32, 64, 96, 128]
+    assert propose(problem("deepseek-r1", "dep8"), 8192, TILES) == (
+        1, 2, 4, 8, 16, 36, 68, 132, 260, 388, 516, 772, 1028, 2048, 4096, 8192,
+    )  # fmt: skip
+    assert propose(problem("deepseek-r1", "ep8"), 1024, TILES) == (1, 2, 4, 8, 16, 32, 64, 128, 288, 544, 1024)
+
+
+@pytest.mark.parametrize("text", ["dep8", "ep8", "dep2", "tp2", "dep4tp2"])
+@pytest.mark.parametrize("tokens", [9, 33, 40, 100, 500])
+def test_one_tile_serves_a_bucket(text: str, tokens: int) -> None:
+    """Under balanced routing the smallest tile that holds an expert's rows is the bucket's for all but a few calls."""
+    shape = problem("deepseek-r1", text)
+    found = propose(shape, 8192, TILES)
+    bucket = max(start for start in found if start <= tokens)
+
+    def smallest_tile(tokens: int) -> int | None:
+        rows = int(make_workload(shape.config, shape.parallel, tokens, "balanced").rows_per_expert.max())
+        return next((tile for tile in TILES if tile >= rows), None)
+
+    rows_of_next = min((start for start in found if start > tokens), default=8192)
+    last_full = rows_of_next * 15 // 16 - 1
+    assert smallest_tile(bucket) == smallest_tile(max(bucket, min(tokens, last_full)))
+
+
+@given(
+    st.sampled_from(["dep2", "dep8", "ep8", "ep1", "dep64", "tp4"]),
+    st.sampled_from(["qwen3-235b", "deepseek-r1"]),
+    st.integers(1, 40_000),
+    st.booleans(),
+)
+def test_buckets_cover_the_range(text: str, model: str, tune_max: int, smeared: bool) -> None:
+    found = propose(problem(model, text), tune_max, TILES, smeared)
+    assert found[0] == 1 and found[-1] <= tune_max and len(found) <= MOST
+    assert list(found) == sorted(set(found))
+    assert all(second <= 3.1 * first for first, second in pairwise((*found, tune_max)) if second <= 8192)
+
+
+def test_unequal_rows_get_points_halfway() -> None:
+    even, smeared = (propose(problem("deepseek-r1", "dep8"), 8192, TILES, smeared) for smeared in (False, True))
+    assert set(even) < set(smeared) and {49, 95, 185} <= set(smeared) and len(smeared) <= MOST
+
+
+@pytest.mark.parametrize("tune_max", [1, 500, 9000])
+def test_without_tiles_powers_of_two_do(tune_max: int) -> None:
+    shape = problem("qwen3-235b", "dep2")
+    assert list(plan_buckets(shape, get_executor("cpu"), tune_max, "random")) == powers_of_two(tune_max)
+
+
+def test_no_buckets_below_one_token() -> None:
+    with pytest.raises(InvalidArgument, match=r"^tune_max_num_tokens: got 0"):
+        propose(problem("qwen3-235b", "dep2"), 0, TILES)
+
+
+@given(st.sets(st.integers(1, 9999), max_size=20))
+def test_usefulness_orders_all_and_spreads_early(buckets: set[int]) -> None:
+    ascending = sorted(buckets)
+    order = by_usefulness(ascending)
+    assert sorted(order) == ascending
+    for done in range(1, len(order)):
+        places = [-1, *sorted(ascending.index(bucket) for bucket in order[:done]), len(ascending)]
+        gaps: Any = [second - first for first, second in pairwise(places)]
+        assert max(gaps) <= 2 * (len(ascending) + 1) / (done + 1) + 1
