@@ -84,6 +84,7 @@ def test_bad_timeout() -> None:
 
 HANGING = """
 import os
+import signal
 
 def report(device):
     from tests.faulty_executor import make_faulty
@@ -91,6 +92,8 @@ def report(device):
     return make_faulty(device)
 
 if __name__ == "__main__":
+    # As a terminal's foreground job; a background shell starts its jobs with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     from moe_runtime import MoEConfig, Parallel
     from moe_runtime.executors.base import MoEProblem
     from moe_runtime.tuning.quarantine import vetting

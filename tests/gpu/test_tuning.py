@@ -1,0 +1,48 @@
+"""The tuner on the compiled kernels: every choice is checked, timed beside the default, and serves the layer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_runtime import FP8BlockWeights, FusedMoE, MoEConfig, Parallel, PlanRefused
+from moe_runtime.executors.base import MoEProblem
+from moe_runtime.reference import reference_layer, relative_error
+from moe_runtime.routing import route
+from moe_runtime.tuning import tune
+from moe_runtime.tuning.quarantine import vet_in_worker
+from moe_runtime.workload import kernel_rows, make_workload
+from tests.gpu import support
+from tests.gpu.test_layer import LAYER_BOUND
+
+CONFIG = MoEConfig("small", 512, 384, 32, 4)
+
+
+@pytest.mark.parametrize("layout", ["dep2", "ep2"])
+def test_a_tuned_plan_serves_the_layer(layout: str) -> None:
+    problem = MoEProblem(CONFIG, Parallel.parse(layout))
+    weights = FP8BlockWeights.random(CONFIG, problem.num_local_experts, device="cuda")
+    executor = support.executor()
+    plan = tune(problem, weights, executor, 32, "random")
+    assert plan.complete and not plan.quarantined
+    for entry in plan.entries:
+        for choice in (entry.gemm1, entry.gemm2):
+            assert not choice.rejected and choice.default_tactic in choice.timings
+            assert choice.us is not None and choice.default_us is not None and choice.us <= choice.default_us
+
+    rows = kernel_rows(32, problem.parallel)
+    x = torch.randn(rows, CONFIG.hidden_size, device="cuda", dtype=torch.bfloat16)
+    logits = torch.randn(rows, CONFIG.num_experts, device="cuda")
+    out = FusedMoE(CONFIG, problem.parallel, weights, plan)(x, logits)
+    assert relative_error(out, reference_layer(problem, weights, x, *route(CONFIG, logits))) <= LAYER_BOUND
+
+    other = Parallel.parse("ep2" if layout == "dep2" else "dep2")
+    with pytest.raises(PlanRefused, match="regime"):
+        FusedMoE(CONFIG, other, weights, plan)
+
+
+def test_every_variant_passes_in_the_worker() -> None:
+    problem = MoEProblem(CONFIG, Parallel.parse("ep2"))
+    tactics = support.executor().tactics(problem, "gemm1")
+    workload = make_workload(CONFIG, problem.parallel, 64, "random")
+    assert vet_in_worker(problem, workload, "gemm1", tactics, "cuda", 120) == {}
