@@ -29,7 +29,14 @@ def plan_table(plan: Plan) -> Table:
     for entry in plan.entries:
         for gemm, choice in choices(entry):
             gain = f"{choice.default_us / choice.us - 1:+.1%}" if choice.us and choice.default_us else ""
-            table.add_row(str(entry.bucket), str(entry.rows), gemm, _short(choice, plan), *_times(choice), gain)
+            table.add_row(
+                str(entry.bucket),
+                str(entry.rows),
+                gemm,
+                short_name(choice.tactic, plan.key.format),
+                *_times(choice),
+                gain,
+            )
     return table
 
 
@@ -46,7 +53,7 @@ def regimes_table(plans: Sequence[Plan]) -> Table:
         cells = []
         for plan, choice in zip(plans, served, strict=True):
             times = _times(choice) if choice is not None and tokens in plan.buckets else ["", ""]
-            cells += [_short(choice, plan) if choice is not None else "(default)", *times]
+            cells += [short_name(choice.tactic, plan.key.format) if choice is not None else "(default)", *times]
         table.add_row(str(tokens), gemm, *cells, "*" if _differ(served) else "")
     return table
 
@@ -76,9 +83,9 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def _short(choice: GemmChoice, plan: Plan) -> str:
-    """A tactic's name without what all variants of the plan share."""
-    return choice.tactic.split(f"{plan.key.format}_")[-1].replace("warpspecialized_", "")
+def short_name(tactic: str, format: str) -> str:
+    """A tactic's name without what all variants of a plan share."""
+    return tactic.split(f"{format}_")[-1].replace("warpspecialized_", "")
 
 
 def _times(choice: GemmChoice) -> list[str]:

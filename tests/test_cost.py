@@ -83,7 +83,7 @@ def test_tiles_and_waves_by_hand() -> None:
     found = cost(variant((128, 64), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, H200)
     assert (found.tiles, found.waves) == (16, 2)
     assert found.tiles_us == pytest.approx(2 * 10 * (64 + 128) * 1024 / H200.l2 / 1e6)
-    read = 3 * 512 * 1024 + 130 * (1024 * (1 + 4 / 128) + 2 * 512)
+    read = 3 * (512 * 1024 + 4 * 4 * 8) + 130 * (1024 + 8 * 4 + 2 * 512)
     assert found.memory_us == pytest.approx(read / H200.memory / 1e6)
     assert found.bound == ("memory" if found.memory_us > found.tiles_us else "tiles")
 

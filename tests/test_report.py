@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from moe_runtime import cli, report
 from moe_runtime.config import MoEConfig
@@ -19,6 +18,7 @@ from moe_runtime.executors.base import GEMMS, MoEProblem
 from moe_runtime.parallel import Parallel
 from moe_runtime.report import facts, style
 from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey, Timing
+from moe_runtime.tuning.cost import gemm_bytes
 
 from .plans import choice, entry, make_plan, rekeyed
 
@@ -221,7 +221,7 @@ def test_roofline_points(plans: list[Plan]) -> None:
 
 
 def test_idle_experts_weights_are_not_read() -> None:
-    busy = facts.gemm_bytes(torch.tensor([5, 0, 3]), 256, 128) - facts.gemm_bytes(torch.tensor([8]), 256, 128)
+    busy = gemm_bytes([5, 0, 3], (256, 128)) - gemm_bytes([8], (256, 128))
     assert busy == 256 * 128 + 2 * 4
 
 

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..config import FP8_BLOCK
 from ..errors import MoEError
 from ..executors.base import GEMMS, Gemm, MoEProblem
 from ..tuning import GemmChoice, Plan
+from ..tuning.cost import gemm_bytes
 from ..tuning.plan_tools import choices, config_of, serving_bucket
 from ..workload import make_workload
 
@@ -91,19 +91,10 @@ class Tuned:
             rows = self.rows_per_expert[bucket]
             if choice.us is not None and int(rows.sum()):
                 flops = 2 * int(rows.sum()) * columns * depth
-                points.append(Point(bucket, flops / gemm_bytes(rows, columns, depth), flops / choice.us * 1e-6))
+                points.append(
+                    Point(bucket, flops / gemm_bytes(rows.tolist(), (columns, depth)), flops / choice.us * 1e-6)
+                )
         return points
-
-
-def gemm_bytes(rows_per_expert: torch.Tensor, columns: int, depth: int) -> float:
-    """Bytes that a grouped GEMM must move: each busy expert's weights and each row's operands once, and the result.
-
-    rows_per_expert [L]; weights [L, columns, depth] e4m3 with a float scale per 128x128 block, rows [M, depth] e4m3
-    with a float scale per 128 columns, result [M, columns] bf16.
-    """
-    rows, busy = int(rows_per_expert.sum()), int((rows_per_expert > 0).sum())
-    weights = busy * columns * depth * (1 + 4 / FP8_BLOCK**2)
-    return weights + rows * (depth * (1 + 4 / FP8_BLOCK) + columns * 2)
 
 
 def named(plans: Sequence[Plan]) -> list[Tuned]:
@@ -137,11 +128,6 @@ def letters(tuned: Sequence[Tuned]) -> dict[str, str]:
 def _letter(index: int) -> str:
     first, second = divmod(index, len(ascii_uppercase))
     return (ascii_uppercase[first - 1] if first else "") + ascii_uppercase[second]
-
-
-def short_name(tactic: str, format: str) -> str:
-    """A tactic's name without what all variants of a plan share."""
-    return tactic.split(f"{format}_")[-1].replace("warpspecialized_", "")
 
 
 def gain(choice: GemmChoice) -> Range | None:

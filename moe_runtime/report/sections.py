@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..executors.base import GEMMS, Gemm
+from ..tables import short_name
 from ..tuning import GemmChoice, Plan
 from . import figures
-from .facts import Tuned, comparable, cost_of_other, gain, layer_gain, letters, named, regret, short_name
+from .facts import Tuned, comparable, cost_of_other, gain, layer_gain, letters, named, regret
 from .figures import Panel
 from .parts import Column, Section, Table, percent, us
 from .roofs import MEASURED, Roofs

@@ -42,6 +42,16 @@ variant is faster than predicted, and the fastest takes at most 1.43 times the l
 above that is slower than the fastest. The rest is for workloads that were not measured."""
 
 
+def gemm_bytes(rows_per_expert: Sequence[int], shape: tuple[int, int]) -> float:
+    """Fewest bytes a grouped GEMM moves: each busy expert's weights and each row once, and the results.
+
+    shape: (N, K) of an expert's weights. e4m3 weights with a float per 128x128 block, e4m3 rows [K] with a float per
+    128 values, bf16 results [N].
+    """
+    (n, k), rows, busy = shape, sum(rows_per_expert), sum(rows > 0 for rows in rows_per_expert)
+    return busy * n * k * (1 + 4 / BLOCK**2) + rows * (k * (1 + 4 / BLOCK) + 2 * n)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Microseconds of one variant at one workload.
@@ -83,9 +93,7 @@ def cost(
     tile_bytes = k * (token_tile / cluster_weights + weight_tile / cluster_tokens)
     tile_us = sm_count * max(tile_flops / roofs.flops, tile_bytes / roofs.l2) / 1e6
 
-    scaled = 1 + 4 / BLOCK  # an e4m3 value and its share of the scale
-    rows_bytes = sum(occupied) * (k * scaled + 2 * n)
-    memory_us = (len(occupied) * n * k + rows_bytes) / roofs.memory / 1e6
+    memory_us = gemm_bytes(rows_per_expert, shape) / roofs.memory / 1e6
     return Cost(memory_us, waves * tile_us, tiles, waves)
 
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from ..errors import MoEError
 from ..executors.base import Gemm, MoEProblem
-from ..formats.fp8_block import BLOCK
 from ..workload import Workload, make_workload
-from .cost import ROOFS
+from .cost import ROOFS, gemm_bytes
 from .plan import GemmChoice, Plan, Timing
 from .plan_tools import choices, config_of, serving_bucket, serving_entry
 
@@ -123,11 +122,10 @@ def _roof(device: str, workload: Workload, gemm: Gemm) -> Roof | None:
     roofs = ROOFS.get(device)
     if roofs is None:
         return None
-    n, k = MoEProblem(workload.config, workload.parallel).gemm_shape(gemm)
-    rows, experts = workload.local_slots, int((workload.rows_per_expert > 0).sum())
-    # e4m3 operands with a float scale per 128 values of a row and per 128x128 of a weight, a bf16 result.
-    moved = experts * n * k * (1 + 4 / BLOCK**2) + rows * (k * (1 + 4 / BLOCK) + 2 * n)
-    return Roof(memory_us=moved / roofs.memory / 1e6, flops_us=2 * rows * n * k / roofs.flops / 1e6)
+    shape = MoEProblem(workload.config, workload.parallel).gemm_shape(gemm)
+    moved = gemm_bytes(workload.rows_per_expert.tolist(), shape)
+    flops = 2 * workload.local_slots * shape[0] * shape[1]
+    return Roof(memory_us=moved / roofs.memory / 1e6, flops_us=flops / roofs.flops / 1e6)
 
 
 def _candidates(plan: Plan, choice: GemmChoice) -> Iterator[Candidate]:
