@@ -28,8 +28,8 @@ from benchmarks.common import (
     reference_points,
     write_json,
 )
-from moe_runtime import FP8BlockWeights
 from moe_runtime.executors.base import GEMMS, GemmTrial
+from moe_runtime.weights import random_weights
 from moe_runtime.workload import make_workload
 
 CASES = {"DSR1-EP8": ("deepseek-r1", "dep8"), "Qwen3-EP2": ("qwen3-235b", "dep2")}
@@ -57,7 +57,7 @@ def main(json: Annotated[Path | None, typer.Option()] = None, rows: str = "", re
     )
     for case, (model, parallel) in CASES.items():
         shape = problem(model, parallel)
-        weights = FP8BlockWeights.random(shape.config, shape.num_local_experts, seed=0, device="cuda")
+        weights = random_weights(shape, device="cuda")
         for index, gemm in enumerate(GEMMS, 1):
             n, k = shape.gemm_shape(gemm)
             label, groups = f"{case} g{index}", shape.num_local_experts

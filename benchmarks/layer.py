@@ -33,6 +33,7 @@ from moe_runtime import FP8BlockWeights
 from moe_runtime.executors.base import GEMMS, Gemm, LayerInputs, MoEProblem
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.kernels import Stage
+from moe_runtime.weights import random_weights
 from moe_runtime.workload import Workload, kernel_rows, make_workload
 
 STAGES = (Stage.PERMUTE, Stage.GATHER, Stage.GEMM1, Stage.ACTIVATION, Stage.GEMM2, Stage.COMBINE)
@@ -94,7 +95,7 @@ def main(
     distribution: str = "balanced",
 ) -> None:
     executor, roofs, shape = cuda_executor(), measured_roofs(), problem(model, parallel)
-    weights = FP8BlockWeights.random(shape.config, shape.num_local_experts, seed=0, device="cuda")
+    weights = random_weights(shape, device="cuda")
     peer = reference_points()["vllm_triton_layer"].get(f"{model}-{parallel}", {})
     results: dict[str, Any] = {}
     columns = ("tokens", "layer us", "vLLM us", "ratio", "default us", "route us", "stages us", *BANDWIDTH_BOUND)

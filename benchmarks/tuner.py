@@ -38,6 +38,7 @@ from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.parallel import Parallel
 from moe_runtime.tuning import tune
+from moe_runtime.weights import random_weights
 from moe_runtime.workload import kernel_rows, make_workload
 
 CASES = ("qwen3-235b:dep2", "qwen3-235b:ep2", "deepseek-r1:dep8", "deepseek-r1:ep8")
@@ -228,7 +229,7 @@ def benches(cases: Sequence[str], small: bool) -> Iterable[tuple[str, Bench]]:
             shape = MoEProblem(config, Parallel.parse(layout))
         else:
             executor, shape = cuda_executor(), problem(model, layout)
-        weights = FP8BlockWeights.random(shape.config, shape.num_local_experts, 0, executor.name)
+        weights = random_weights(shape, device=executor.name)
         yield case, Bench(executor, shape, weights, SMALL if small else FULL)
 
 

@@ -44,7 +44,7 @@ from .tuning.plan import OBJECTIVES
 from .tuning.quarantine import vetting
 from .tuning.ranks import is_writer, launched, tune_over_ranks, use_local_gpu
 from .tuning.session import tune_into
-from .weights import FP8BlockWeights
+from .weights import random_weights
 from .workload import (
     DISPATCH,
     DISPATCHES,
@@ -98,9 +98,7 @@ def tune(
     executor = named_executor(device)
     other = [dispatch] * (dispatch != DISPATCH) + [objective] * (objective != "mean")
     path = output or _plan_path(problem, [chosen, *other], max_tokens, executor.device_name)
-    weights = FP8BlockWeights.random(
-        problem.config, problem.num_local_experts, seed, executor.name, tp_size=problem.parallel.tp_size
-    )
+    weights = random_weights(problem, seed, executor.name)
     settings: dict[str, Any] = {
         "dispatch": dispatch, "objective": objective, "samples": samples, "margin": margin, "confidence": confidence,
         "budget_seconds": None if budget is None else parse_seconds(budget),
@@ -150,9 +148,7 @@ def run(
     executor = named_executor(device)
     if tuned is not None:
         tuned.require(problem, executor.device_name, executor.library_hash)
-    weights = FP8BlockWeights.random(
-        problem.config, problem.num_local_experts, seed, executor.name, tp_size=problem.parallel.tp_size
-    )
+    weights = random_weights(problem, seed, executor.name)
     result = run_once(problem, weights, tuned, tokens, seed)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))

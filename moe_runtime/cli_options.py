@@ -20,7 +20,9 @@ out, err = make_console(), make_console(stderr=True)
 DEVICES = ("cuda", "cpu")
 
 ModelOption = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
-ParallelOption = Annotated[str, typer.Option(help="dep<N> (attention data-parallel) or ep<N>, such as dep8 or ep2.")]
+ParallelOption = Annotated[
+    str, typer.Option(help="dep<N> (attention data-parallel), ep<N>, tp<N>, or mixes such as dep4tp2.")
+]
 RankOption = Annotated[int, typer.Option(help="The rank whose share is run, 0 to N - 1.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
 ScaleOption = Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate size by this.")]

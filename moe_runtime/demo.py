@@ -17,7 +17,7 @@ from .parallel import Parallel
 from .tables import differing, make_console, regimes_table
 from .trial_run import run_once
 from .tuning.session import tune_into
-from .weights import FP8BlockWeights
+from .weights import random_weights
 
 MODEL = "qwen3-235b"
 LAYOUTS = ("dep2", "ep2")
@@ -50,7 +50,7 @@ def demo(output: Path) -> None:
     console.rule("2. tune")
     problems = [MoEProblem(config, Parallel.parse(layout)) for layout in LAYOUTS]
     # Both regimes hold the same experts, so one set of weights serves both.
-    weights = FP8BlockWeights.random(config, problems[0].num_local_experts, device=device)
+    weights = random_weights(problems[0], device=device)
     plans = [
         tune_into(
             output / f"plan-{problem.parallel}.json",

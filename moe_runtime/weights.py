@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .config import FP8_BLOCK, MoEConfig
 from .errors import InvalidArgument
-from .executors.base import check_tensor
+from .executors.base import MoEProblem, check_tensor
 from .formats import fp8_block
 from .parallel import Parallel
 
@@ -150,6 +150,13 @@ class FP8BlockWeights:
                 gate_up.append((_cat(gate[0], up[0]), torch.cat([gate[1], up[1]])))
                 down.append(_slice(load(expert, "down_proj", (hidden, inter)), 1, parallel.tp_rank, local))
             return _stack(gate_up, down, gate_first=True)
+
+
+def random_weights(problem: MoEProblem, seed: int = 0, device: torch.device | str = "cpu") -> FP8BlockWeights:
+    """`FP8BlockWeights.random` of one rank's share of a layer."""
+    return FP8BlockWeights.random(
+        problem.config, problem.num_local_experts, seed, device, tp_size=problem.parallel.tp_size
+    )
 
 
 # Root mean square of the 254 finite e4m3 codes.

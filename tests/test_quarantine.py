@@ -15,7 +15,7 @@ from moe_runtime.errors import InvalidArgument, Unsupported
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.parallel import Parallel
-from moe_runtime.tuning.quarantine import vet_in_worker, vetting
+from moe_runtime.tuning.quarantine import vetting
 from moe_runtime.workload import Workload, make_workload
 
 from .faulty_executor import make_crash, make_faulty, make_nothing
@@ -58,10 +58,11 @@ def test_one_worker_serves_many_questions() -> None:
     assert not children()
 
 
-def test_vet_in_worker() -> None:
-    assert vet_in_worker(PROBLEM, workload(), "gemm2", ["per_expert_loop", "no such tactic"], "cpu", TIMEOUT) == {
-        "no such tactic": "raised KeyError: 'no such tactic'"
-    }
+def test_an_unknown_tactic_is_a_fault_of_its_own() -> None:
+    with vetting(PROBLEM, "cpu", timeout_seconds=TIMEOUT) as vet:
+        assert vet(workload(), "gemm2", ["per_expert_loop", "no such tactic"]) == {
+            "no such tactic": "raised KeyError: 'no such tactic'"
+        }
     assert not children()
 
 

@@ -66,19 +66,10 @@ class CudaExecutor:
         config, parallel = problem.config, problem.parallel
         experts = problem.num_local_experts if parallel.use_dp else config.num_experts
         mean_rows = tokens_per_rank(num_rows, parallel) * config.top_k / experts
-        family = [v for v in self._variants.values() if v.name in self._default_family]
+        family = [variant for variant in self._variants.values() if _is_default(variant)]
         holds = [v for v in family if v.token_tile >= mean_rows]
         chosen = min(holds, key=_token_tile) if holds else max(family or self._variants.values(), key=_token_tile)
         return chosen.name
-
-    @functools.cached_property
-    def _default_family(self) -> frozenset[str]:
-        tiles = {(128, 16, True), (128, 32, True), (128, 64, True), (128, 128, False)}
-        return frozenset(
-            v.name
-            for v in self._variants.values()
-            if (v.tile[0], v.tile[1], v.swap_ab) in tiles and v.cluster == (1, 1) and "cooperative" in v.name
-        )
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
@@ -240,6 +231,12 @@ class CudaExecutor:
         args = LayerArguments.from_buffer_copy(self._template(problem))
         args.num_tokens = num_tokens
         return self.library.workspace_layout(args)
+
+
+def _is_default(variant: KernelVariant) -> bool:
+    tiles = ((128, 16, True), (128, 32, True), (128, 64, True), (128, 128, False))
+    tile = (*variant.tile[:2], variant.swap_ab)
+    return tile in tiles and variant.cluster == (1, 1) and "cooperative" in variant.name
 
 
 def _token_tile(variant: KernelVariant) -> int:

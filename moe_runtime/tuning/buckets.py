@@ -69,6 +69,11 @@ def _halve_gaps(chosen: set[int], low: int, high: int) -> None:
         chosen.add(middle)
 
 
+def tuning_work(num_experts: int, bucket: int) -> float:
+    """Relative time of tuning a bucket: what every bucket takes, and a share by its rows."""
+    return num_experts + bucket
+
+
 def by_usefulness(buckets: Sequence[int]) -> list[int]:
     """The middle first, then the middles of what is left on both sides, and so on.
 

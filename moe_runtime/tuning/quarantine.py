@@ -26,7 +26,7 @@ from ..errors import InvalidArgument, Unsupported
 from ..executors import get_executor
 from ..executors.base import Executor, Gemm, MoEProblem
 from ..parallel import Parallel
-from ..weights import FP8BlockWeights
+from ..weights import FP8BlockWeights, random_weights
 from ..workload import Workload
 from .profiler import NO_MEMORY, check
 from .tuner import TOLERANCE
@@ -40,19 +40,6 @@ SETUP_SECONDS = 300.0
 """For a worker to start and make weights, and again to compute a reference: far more than it takes, but no hang."""
 END_SECONDS = 5.0
 """For a process that closed its connection to be gone."""
-
-
-def vet_in_worker(
-    problem: MoEProblem,
-    workload: Workload,
-    gemm: Gemm,
-    tactics: Sequence[str],
-    device: str,
-    timeout_seconds: float = TACTIC_SECONDS,
-) -> dict[str, str]:
-    """`vetting` for one question."""
-    with vetting(problem, device, workload.seed, timeout_seconds) as vet:
-        return vet(workload, gemm, tactics)
 
 
 @contextmanager
@@ -194,9 +181,7 @@ def _serve(recipe: _Recipe, connection: Connection) -> None:
     try:
         problem = MoEProblem(recipe.config, recipe.parallel)
         executor = recipe.make_executor(recipe.device)
-        weights = FP8BlockWeights.random(
-            recipe.config, problem.num_local_experts, recipe.seed, recipe.device, tp_size=recipe.parallel.tp_size
-        )
+        weights = random_weights(problem, recipe.seed, recipe.device)
         connection.send(None)
         while True:
             for answer in _answers(problem, weights, executor, recipe.seed, *connection.recv()):

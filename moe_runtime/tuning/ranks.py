@@ -13,7 +13,7 @@ from ..errors import Unsupported
 from ..executors.base import Executor, MoEProblem
 from ..weights import FP8BlockWeights
 from ..workload import default_distribution
-from .buckets import plan_buckets
+from .buckets import plan_buckets, tuning_work
 from .meeting import Meeting, RankError, meeting
 from .plan import Plan
 from .quarantine import Vet
@@ -176,12 +176,12 @@ def _require_alike(facts: Sequence[Mapping[str, str]]) -> None:
 def _share(buckets: Sequence[int], done: Plan | None, num_experts: int, ranks: Meeting) -> list[int]:
     """This rank's buckets, ascending. The costliest first, each goes to the rank that has least to do so far."""
     finished = set() if done is None else {entry.bucket for entry in done.entries}
-    loads, shares = [0] * ranks.size, [list[int]() for _ in range(ranks.size)]
+    loads, shares = [0.0] * ranks.size, [list[int]() for _ in range(ranks.size)]
     for bucket in sorted(buckets, reverse=True):
         least = loads.index(min(loads))
         shares[least].append(bucket)
-        # What every bucket costs, and what grows with its rows; 1 for one that is there, so that all get some.
-        loads[least] += 1 if bucket in finished else num_experts + bucket
+        # 1 for one that is there, so that all get some.
+        loads[least] += 1 if bucket in finished else tuning_work(num_experts, bucket)
     return sorted(shares[ranks.rank])
 
 

@@ -17,7 +17,7 @@ from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
 from ..executors.cuda import CudaExecutor
 from ..weights import FP8BlockWeights
 from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows, make_workload
-from .buckets import by_usefulness, plan_buckets
+from .buckets import by_usefulness, plan_buckets, tuning_work
 from .cost import predict, promising
 from .measure import CONFIDENCE, MARGIN, Rule, objective_us
 from .plan import GemmChoice, Objective, Plan, PlanEntry, PlanKey, check_buckets
@@ -161,8 +161,7 @@ class _Task:
     quarantined: dict[str, str]
 
     def work(self, bucket: int) -> float:
-        """Relative time of tuning a bucket: what every bucket takes, and a share by its rows."""
-        return self.problem.config.num_experts + bucket
+        return tuning_work(self.problem.config.num_experts, bucket)
 
     def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
         workloads = [

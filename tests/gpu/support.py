@@ -89,8 +89,3 @@ def grouped_reference(rows: Tensor, row_scales: Tensor, weight: Tensor, weight_s
             )
             first += count
     return out
-
-
-def relative_error(out: Tensor, reference: Tensor) -> float:
-    """||out - ref|| / ||ref||; NaN in out gives NaN, which no bound admits."""
-    return ((out.double() - reference.double()).norm() / reference.double().norm()).item()

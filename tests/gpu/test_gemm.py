@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.kernels import library_path, load_library
+from moe_runtime.reference import relative_error
 from tests.gpu import support
 
 VARIANTS = list(load_library("sm_90a").variants) if library_path("sm_90a") else []
@@ -31,7 +32,7 @@ def trial_and_reference(problem_name: str, gemm: str) -> tuple[CudaGemmTrial, Te
 def test_ragged_groups(problem_name: str, gemm: str, variant: str) -> None:
     trial, reference = trial_and_reference(problem_name, gemm)
     out = trial.run(variant)
-    assert support.relative_error(out, reference) <= 3e-3
+    assert relative_error(out, reference) <= 3e-3
     worst = ((out.double() - reference).abs() / reference.abs().clamp(min=reference.std().item())).max().item()
     assert worst <= 2e-2
 
@@ -41,7 +42,7 @@ def test_trial_reference_agrees(problem_name: str) -> None:
     trial, reference = trial_and_reference(problem_name, "gemm1")
     index, values = trial.reference()
     assert len(index) >= 16
-    assert support.relative_error(values, reference[index]) <= 1e-5
+    assert relative_error(values, reference[index]) <= 1e-5
 
 
 @pytest.mark.parametrize("sizes", [(0,), (0, 1), (1,), (513, 0, 0, 0)], ids=str)
@@ -57,4 +58,4 @@ def test_sparse_groups(variant: str, sizes: tuple[int, ...]) -> None:
     torch.cuda.synchronize()
     assert out.shape == reference.shape
     if sizes != (0,):
-        assert support.relative_error(out, reference) <= 3e-3
+        assert relative_error(out, reference) <= 3e-3

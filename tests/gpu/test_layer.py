@@ -72,7 +72,7 @@ def test_from_the_kernels_own_gemm1(name: str, num_tokens: int) -> None:
     offsets = call.region("expert_offsets", problem.num_local_experts + 1, dtype=torch.int32).cpu()
     counts, total = offsets.diff(), int(offsets[-1])
     exact = support.grouped_reference(rows[:total], row_scales[:total], weights.gate_up, weights.gate_up_scale, counts)
-    assert support.relative_error(gemm1[:total], exact) <= 3e-3
+    assert relative_error(gemm1[:total], exact) <= 3e-3
 
     gate, up = gemm1[:total].double().chunk(2, 1)
     if config.clamp_limit is not None:

@@ -11,6 +11,7 @@ from moe_runtime.config import RoutingMethod
 from moe_runtime.executors.base import LayerInputs, MoEProblem
 from moe_runtime.formats.fp8_block import dequantise_rows, quantise_rows
 from moe_runtime.kernels import Stage
+from moe_runtime.reference import relative_error
 from moe_runtime.routing import route
 from moe_runtime.workload import make_workload
 from tests.gpu import support
@@ -104,7 +105,7 @@ def test_activation(gate_first: bool, clamp_limit: float | None) -> None:
         call.region("activation_scales", slots, inter // 128)[:rows],
     )
     # An exponential that differs in its last bits moves a few values to the neighbouring e4m3 code.
-    assert support.relative_error(out, expected) <= 2e-3
+    assert relative_error(out, expected) <= 2e-3
 
 
 @pytest.mark.parametrize("num_tokens", [1, 9, 700])

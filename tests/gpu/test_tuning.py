@@ -10,7 +10,7 @@ from moe_runtime.executors.base import MoEProblem
 from moe_runtime.reference import reference_layer, relative_error
 from moe_runtime.routing import route
 from moe_runtime.tuning import tune
-from moe_runtime.tuning.quarantine import vet_in_worker
+from moe_runtime.tuning.quarantine import vetting
 from moe_runtime.workload import kernel_rows, make_workload
 from tests.gpu import support
 from tests.gpu.test_layer import LAYER_BOUND
@@ -45,4 +45,5 @@ def test_every_variant_passes_in_the_worker() -> None:
     problem = MoEProblem(CONFIG, Parallel.parse("ep2"))
     tactics = support.executor().tactics(problem, "gemm1")
     workload = make_workload(CONFIG, problem.parallel, 64, "random")
-    assert vet_in_worker(problem, workload, "gemm1", tactics, "cuda", 120) == {}
+    with vetting(problem, "cuda", timeout_seconds=120) as vet:
+        assert vet(workload, "gemm1", tactics) == {}
