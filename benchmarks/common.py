@@ -16,9 +16,9 @@ from moe_runtime import MoEConfig, Parallel
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.executors.cuda import CudaExecutor
+from moe_runtime.roofs import ROOFS
 
-READ_ROOF_TBPS = 4.45
-"""Read-only bandwidth of one H200, measured with a kernel that only loads."""
+READ_ROOF_TBPS = ROOFS["NVIDIA H200"].read_tbps
 REFERENCE_POINTS = Path(__file__).with_name("reference_points_h200.json")
 _ROOT = Path(__file__).resolve().parent.parent
 

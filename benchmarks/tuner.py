@@ -2,29 +2,45 @@
 
     python -m benchmarks.tuner --json FILE [--case MODEL:LAYOUT ...] [--small]
 
-For each case a plan is tuned, and then judged by what every tactic takes on workloads of other seeds:
+For each case a plan is tuned, and then judged on workloads of another seed than any tuning saw:
 
 - regret: the plan's time over that of the fastest tactics at each point, on tokens that are powers of two. Both are
   measured anew and the fastest is picked from the same noisy times, so the figure is an upper bound, never negative.
 - default: the gain over the default tactics at the same points; the worst is the loss, if there is one.
-- flips: two independent tunes' winners, and the time lost where they differ.
+- flips: two independent tunes' winners, and the share of time lost where they differ.
 - transfer: regret at tokens that are no buckets.
-- skew: a plan tuned on balanced routing run on skewed, beside one tuned on that.
-- tune_seconds: wall time of one tune.
+- skew: a plan tuned on balanced routing run on skewed, beside one tuned on that; tokens are powers of four.
+- tune_seconds: wall time of one tune, with the worker process that checks candidates, as on the command line.
 
-Times are of both GEMMs together. `--small` does all this on the CPU executor with a layer it can time in seconds.
+And for each model, once its cases are done:
+
+- cross: a layout run with the plan of another layout, beside its own; under `dep` also an all-to-all dispatch with the
+  plan tuned on `compact`, beside one tuned on `alltoall`. A plan of another key is refused, so its tactics are named:
+  those of the bucket that so many tokens per rank map to.
+
+Regret, flips and transfer add up the two GEMMs' times. Skew and cross time the whole layer, before and after in turns;
+delta is the gain in tokens per second, which count on each GPU: under `ep` all ranks share theirs.
+
+What keeps the device time short: one set of weights serves a model's layouts, and no plan is tuned twice; plans for
+skew have buckets at powers of four only; every tactic is timed at every point of regret and transfer, but beyond the
+scouting rounds only those near the fastest and those that a plan or the default runs; two tunes' tactics are timed
+where they differ. `seconds` in the results says where the time went. `--small` does all this on the CPU executor with
+a layer that it can time in seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import statistics
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import permutations
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
@@ -34,89 +50,126 @@ from rich.table import Table
 from benchmarks.common import cuda_executor, problem, provenance, write_json
 from moe_runtime import FP8BlockWeights, MoEConfig, Plan
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem
+from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.parallel import Parallel
 from moe_runtime.tuning import tune
+from moe_runtime.tuning.plan_tools import choices, serving_entry
+from moe_runtime.tuning.quarantine import vetting
 from moe_runtime.weights import random_weights
-from moe_runtime.workload import kernel_rows, make_workload
+from moe_runtime.workload import DISPATCH, Workload, kernel_rows, make_workload
 
 CASES = ("qwen3-235b:dep2", "qwen3-235b:ep2", "deepseek-r1:dep8", "deepseek-r1:ep8")
 SKEWED = ("zipf:1.0", "dirichlet:0.3")
 TUNED_ON = "random"
 OTHER_SEED = 1000
 """Far from the seeds that tuning draws its samples from."""
+SCOUT_ROUNDS = 3
+NEAR = 1.15
+"""Who is this far behind the fastest after the scouting rounds is not the fastest: they are good to a few percent."""
+
+T = TypeVar("T", bound=Hashable)
+Point = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured. tokens: points of regret. between: how many points of transfer. rounds: of each time."""
+    """tokens: points of regret and of the layer, ascending. between: points of transfer. rounds: of each time."""
 
     tokens: tuple[int, ...]
     between: int
     rounds: int
-    samples: int
 
 
-FULL = Size(tuple(1 << i for i in range(15)), between=40, rounds=15, samples=2)
-SMALL = Size((1, 4, 16), between=3, rounds=5, samples=2)
+FULL = Size(tuple(1 << i for i in range(15)), between=40, rounds=15)
+SMALL = Size((1, 4, 16), between=3, rounds=5)
+
+# Layouts and parts of the benchmark meet the same workloads, of which the largest take a second to draw.
+_workload = functools.lru_cache(maxsize=256)(make_workload)
 
 
 @dataclass
 class Bench:
-    """One layer on one executor, and the times of all tactics that were measured so far."""
+    """One layer on one executor, and what was found so far: plans by name, times by distribution and tokens.
+
+    seconds: wall time by part of the work.
+    """
 
     executor: Executor
     problem: MoEProblem
     weights: FP8BlockWeights
     size: Size
+    plans: dict[str, Plan] = field(default_factory=dict)
     times: dict[tuple[str, int], dict[Gemm, dict[str, float]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def tune(self, distribution: str, seed: int = 0) -> tuple[Plan, float]:
-        """A plan and the seconds it took."""
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
-        plan = tune(
-            self.problem, self.weights, self.executor, self.size.tokens[-1], distribution, seed,
-            samples=self.size.samples,
-        )  # fmt: skip
-        return plan, time.perf_counter() - begin
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def tune(self, name: str, distribution: str, seed: int = 0, **settings: Any) -> Plan:
+        """A plan, kept under the name. settings: further keywords of `tune`."""
+        most = self.size.tokens[-1]
+        plan = tune(self.problem, self.weights, self.executor, most, distribution, seed, **settings)
+        self.plans[name] = plan
+        return plan
+
+    def workload(self, tokens: int, distribution: str, dispatch: str = DISPATCH) -> Workload:
+        """One that no tuning saw."""
+        return _workload(self.problem.config, self.problem.parallel, tokens, distribution, OTHER_SEED, dispatch)
+
+    def race(self, workload: Workload, gemm: Gemm, tactics: Sequence[str]) -> dict[str, float]:
+        trial = self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
+        return _medians(trial.time(tactics, self.size.rounds))
 
     def survey(self, distribution: str, tokens: int) -> dict[Gemm, dict[str, float]]:
-        """Median microseconds by tactic of each GEMM, on a workload that no tuning saw; none where it has no rows."""
+        """Microseconds of each GEMM by tactic: of those near the fastest, the default's and the plans' so far.
+
+        Empty where the GEMMs have no rows.
+        """
         if (distribution, tokens) not in self.times:
-            config, parallel = self.problem.config, self.problem.parallel
-            workload = make_workload(config, parallel, tokens, distribution, OTHER_SEED)
+            workload = self.workload(tokens, distribution)
+            pairs = [self.default(tokens), *(self.chosen(plan, tokens) for plan in self.plans.values())]
             self.times[distribution, tokens] = {
-                gemm: self._survey_gemm(workload, gemm) if workload.local_slots else {} for gemm in GEMMS
+                gemm: self._survey_gemm(workload, gemm, {pair[index] for pair in pairs}) if workload.local_slots else {}
+                for index, gemm in enumerate(GEMMS)
             }
         return self.times[distribution, tokens]
 
-    def _survey_gemm(self, workload: Any, gemm: Gemm) -> dict[str, float]:
+    def _survey_gemm(self, workload: Workload, gemm: Gemm, named: set[str]) -> dict[str, float]:
         tactics = [
             tactic
             for tactic in self.executor.tactics(self.problem, gemm)
             if self.executor.can_implement(self.problem, gemm, tactic) is None
         ]
         trial = self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
-        return {tactic: statistics.median(us) for tactic, us in trial.time(tactics, self.size.rounds).items()}
+        scouted = _medians(trial.time(tactics, SCOUT_ROUNDS))
+        limit = NEAR * min(scouted.values())
+        near = [tactic for tactic in tactics if scouted[tactic] <= limit or tactic in named]
+        return _medians(trial.time(near, self.size.rounds))
 
-    def default(self, tokens: int) -> tuple[str, ...]:
+    def default(self, tokens: int) -> TacticPair:
         rows = kernel_rows(tokens, self.problem.parallel)
-        return tuple(self.executor.default_tactic(self.problem, gemm, rows) for gemm in GEMMS)
+        gemm1, gemm2 = (self.executor.default_tactic(self.problem, gemm, rows) for gemm in GEMMS)
+        return gemm1, gemm2
 
-    def chosen(self, plan: Plan, tokens: int) -> tuple[str, ...]:
-        return plan.lookup(kernel_rows(tokens, self.problem.parallel)) or self.default(tokens)
+    def chosen(self, plan: Plan, tokens: int) -> TacticPair:
+        """What serves so many tokens per rank by the plan, which may be of another layout."""
+        entry = serving_entry(plan, tokens)
+        return self.default(tokens) if entry is None else entry.pair
 
-    def us(self, distribution: str, tokens: int, tactics: Sequence[str]) -> float:
+    def us(self, distribution: str, tokens: int, tactics: TacticPair) -> float:
         surveyed = self.survey(distribution, tokens)
         return sum(surveyed[gemm].get(tactic, 0.0) for gemm, tactic in zip(GEMMS, tactics, strict=True))
 
     def best_us(self, distribution: str, tokens: int) -> float:
         return sum(min(times.values(), default=0.0) for times in self.survey(distribution, tokens).values())
 
-    def points(self, plan: Plan, distribution: str, tokens: Iterable[int]) -> list[dict[str, float]]:
+    def points(self, plan: Plan, tokens: Iterable[int]) -> list[Point]:
         """The plan, the default and the fastest at each number of tokens that brings rows to the rank."""
-        found = []
+        found, distribution = [], plan.key.distribution
         for count in tokens:
             best = self.best_us(distribution, count)
             if best == 0:
@@ -146,53 +199,106 @@ class Bench:
         return sorted(found)
 
     def flips(self, first: Plan, second: Plan) -> dict[str, Any]:
-        """Where two tunes chose differently, and the share of time that the worse of both choices costs."""
-        flipped, lost, total = [], 0.0, 0.0
+        """Where two tunes chose differently, and the share of time that the worse choice costs there."""
+        flipped: list[Point] = []
         for one, other in zip(first.entries, second.entries, strict=True):
-            for gemm in GEMMS:
-                times = self.survey(first.key.distribution, one.bucket)[gemm]
-                tactics = [getattr(entry, gemm).tactic for entry in (one, other)]
-                us = [times.get(tactic, 0.0) for tactic in tactics]
-                lost, total = lost + max(us) - min(us), total + min(us)
-                if tactics[0] != tactics[1]:
+            for (gemm, mine), (_, its) in zip(choices(one), choices(other), strict=True):
+                workload = self.workload(one.bucket, first.key.distribution)
+                if mine.tactic != its.tactic and workload.local_slots:
+                    tactics = [mine.tactic, its.tactic]
+                    us = list(self.race(workload, gemm, tactics).values())
                     flipped.append({"tokens": one.bucket, "gemm": gemm, "tactics": tactics, "us": us})
-        return {"places": 2 * len(first.entries), "flipped": flipped, "lost": lost / total if total else 0.0}
+        least = sum(min(flip["us"]) for flip in flipped)
+        lost = sum(max(flip["us"]) for flip in flipped) / least - 1 if flipped else 0.0
+        return {"places": len(GEMMS) * len(first.entries), "flipped": flipped, "lost": lost}
+
+    def compare(
+        self, before: Plan, after: Plan, tokens: Iterable[int], distribution: str, dispatch: str = DISPATCH
+    ) -> list[Point]:
+        """The layer with the tactics of two plans at each number of tokens that brings rows to the rank."""
+        found = []
+        for count in tokens:
+            workload = self.workload(count, distribution, dispatch)
+            if not workload.local_slots:
+                continue
+            pairs = [self.chosen(plan, count) for plan in (before, after)]
+            trial = self.executor.layer_trial(self.problem, self.weights, workload, OTHER_SEED)
+            times = _medians(trial.time(list(dict.fromkeys(pairs)), self.size.rounds))
+            us, parallel = [times[pair] for pair in pairs], self.problem.parallel
+            tokens_of_a_gpu = count if parallel.use_dp else count / parallel.world_size
+            found.append(
+                {
+                    "tokens": count,
+                    "us": us,
+                    "delta": us[0] / us[1] - 1,
+                    "tactics": pairs,
+                    "tokens_per_second_per_gpu": [1e6 * tokens_of_a_gpu / each for each in us],
+                }
+            )
+        return found
+
+
+def _medians(times: Mapping[T, Sequence[float]]) -> dict[T, float]:
+    return {name: statistics.median(us) for name, us in times.items()}
 
 
 def judge(bench: Bench) -> dict[str, Any]:
-    """All measurements of one case."""
-    tokens = bench.size.tokens
-    plan, seconds = bench.tune(TUNED_ON)
-    again, _ = bench.tune(TUNED_ON, seed=1)
-    at_powers, between = (bench.points(plan, TUNED_ON, counts) for counts in (tokens, bench.between(plan)))
-    balanced, _ = bench.tune("balanced")
-    skew = {}
-    for distribution in SKEWED:
-        own, _ = bench.tune(distribution)
-        of_balanced, of_own = (bench.points(each, distribution, tokens) for each in (balanced, own))
-        skew[distribution] = [
-            {"tokens": a["tokens"], "tuned_on_balanced_us": a["us"], "tuned_on_it_us": b["us"]}
-            for a, b in zip(of_balanced, of_own, strict=True)
-        ]
+    """All measurements of one case. Its plans come first: a survey times what any of them runs."""
+    tokens, fourths = bench.size.tokens, bench.size.tokens[::2]
+    with bench.part("tune"), vetting(bench.problem, str(bench.weights.device)) as vet:
+        plan = bench.tune("own", TUNED_ON, vet=vet)
+    with bench.part("tune again"):
+        again = bench.tune("again", TUNED_ON, seed=1)
+    with bench.part("tune for skew"):
+        for distribution in ("balanced", *SKEWED):
+            bench.tune(distribution, distribution, buckets=fourths)
+    with bench.part("regret"):
+        at_powers = bench.points(plan, tokens)
+    with bench.part("transfer"):
+        between = bench.points(plan, bench.between(plan))
+    with bench.part("flips"):
+        flips = bench.flips(plan, again)
+    with bench.part("skew"):
+        skew = {name: bench.compare(bench.plans["balanced"], bench.plans[name], fourths, name) for name in SKEWED}
     return {
         "distribution": TUNED_ON,
-        "tune_seconds": seconds,
+        "tune_seconds": bench.seconds["tune"],
         "buckets": list(plan.buckets),
         "complete": plan.complete,
         "regret": _summary(at_powers),
         "default": {"worst": min(point["gain"] for point in at_powers), "mean": _mean(at_powers, "gain")},
         "points": at_powers,
-        "flips": bench.flips(plan, again),
+        "flips": flips,
         "transfer": _summary(between) | {"points": between},
         "skew": skew,
+        "seconds": bench.seconds,
     }
 
 
-def _mean(points: Sequence[dict[str, float]], name: str) -> float:
+def cross(benches: Mapping[str, Bench]) -> dict[str, list[Point]]:
+    """What another key's plan costs, for benches of one model by layout that were judged."""
+    found = {}
+    for (layout, bench), (other, its) in permutations(benches.items(), 2):
+        with bench.part("cross"):
+            plans = its.plans["own"], bench.plans["own"]
+            found[f"{layout}, with the plan of {other} and its own"] = bench.compare(
+                *plans, bench.size.tokens, TUNED_ON
+            )
+    for layout, bench in benches.items():
+        if bench.problem.parallel.use_dp:
+            with bench.part("cross"):
+                plans = bench.plans["own"], bench.tune("alltoall", TUNED_ON, dispatch="alltoall")
+                found[f"{layout} after an all-to-all, tuned on compact and on alltoall"] = bench.compare(
+                    *plans, bench.size.tokens, TUNED_ON, "alltoall"
+                )
+    return found
+
+
+def _mean(points: Sequence[Point], name: str) -> float:
     return statistics.fmean(point[name] for point in points)
 
 
-def _summary(points: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _summary(points: Sequence[Point]) -> dict[str, Any]:
     return {"mean": _mean(points, "regret"), "worst": max(point["regret"] for point in points)}
 
 
@@ -202,7 +308,7 @@ def tables(name: str, result: dict[str, Any]) -> Iterable[Table | str]:
         f"regret mean {result['regret']['mean']:.2%}, worst {result['regret']['worst']:.2%}; "
         f"between buckets mean {result['transfer']['mean']:.2%}, worst {result['transfer']['worst']:.2%}; "
         f"{len(result['flips']['flipped'])} of {result['flips']['places']} winners flipped, "
-        f"which loses {result['flips']['lost']:.2%}"
+        f"which loses {result['flips']['lost']:.2%} there"
     )
     table = Table("tokens", "default us", "plan us", "gain", "best us", "regret", title=f"{name}: against the default")
     for point in result["points"]:
@@ -211,26 +317,41 @@ def tables(name: str, result: dict[str, Any]) -> Iterable[Table | str]:
         table.add_row(str(point["tokens"]), times[0], times[1], gain, times[2], regret)
     yield table
     for distribution, points in result["skew"].items():
-        table = Table(
-            "tokens", "before us", "after us", "delta", title=f"{name}: {distribution}, tuned on balanced, on it"
-        )
-        for point in points:
-            before, after = point["tuned_on_balanced_us"], point["tuned_on_it_us"]
-            table.add_row(str(point["tokens"]), f"{before:.1f}", f"{after:.1f}", f"{before / after - 1:+.2%}")
-        yield table
+        yield comparison(f"{name}: {distribution}, tuned on balanced and on it", points)
+    yield f"{name}: " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result["seconds"].items())
 
 
-def benches(cases: Sequence[str], small: bool) -> Iterable[tuple[str, Bench]]:
+def comparison(title: str, points: Sequence[Point]) -> Table:
+    table = Table("tokens", "before us", "after us", "delta", "tokens/s a GPU", title=title)
+    for point in points:
+        before, after = (f"{us:.1f}" for us in point["us"])
+        rate = f"{point['tokens_per_second_per_gpu'][1]:,.0f}"
+        table.add_row(str(point["tokens"]), before, after, f"{point['delta']:+.2%}", rate)
+    return table
+
+
+def benches(cases: Sequence[str], small: bool) -> Iterator[tuple[str, dict[str, Bench]]]:
+    """Each model's benches by layout; where layouts have as many local experts, they share the weights."""
+    layouts: dict[str, list[str]] = {}
     for case in cases:
         model, layout = case.split(":")
-        if small:
-            executor: Executor = get_executor("cpu")
-            config = MoEConfig.preset(model).scaled(hidden_size=256, intermediate_size=128, num_experts=32)
-            shape = MoEProblem(config, Parallel.parse(layout))
-        else:
-            executor, shape = cuda_executor(), problem(model, layout)
-        weights = random_weights(shape, device=executor.name)
-        yield case, Bench(executor, shape, weights, SMALL if small else FULL)
+        layouts.setdefault(model, []).append(layout)
+    for model, named in layouts.items():
+        executor: Executor = get_executor("cpu") if small else cuda_executor()
+        weights: dict[int, FP8BlockWeights] = {}
+        found = {}
+        for layout in named:
+            shape = _small_problem(model, layout) if small else problem(model, layout)
+            if shape.num_local_experts not in weights:
+                weights[shape.num_local_experts] = random_weights(shape, device=executor.name)
+            size = SMALL if small else FULL
+            found[layout] = Bench(executor, shape, weights[shape.num_local_experts], size)
+        yield model, found
+
+
+def _small_problem(model: str, layout: str) -> MoEProblem:
+    config = MoEConfig.preset(model).scaled(hidden_size=256, intermediate_size=128, num_experts=32)
+    return MoEProblem(config, Parallel.parse(layout))
 
 
 def environment(executor: Executor) -> dict[str, Any]:
@@ -245,14 +366,20 @@ def main(
     small: Annotated[bool, typer.Option("--small")] = False,
 ) -> None:
     console = Console(width=160)
-    payload: dict[str, Any] = {"benchmark": "tuner", "small": small, "cases": {}}
-    for name, bench in benches(case or (CASES[:1] if small else CASES), small):
-        result = judge(bench)
-        payload |= {"environment": environment(bench.executor), "size": dataclasses.asdict(bench.size)}
-        payload["cases"][name] = result
-        for part in tables(name, result):
-            console.print(part)
-        write_json(json, payload)  # after each case: the next may fail
+    payload: dict[str, Any] = {"benchmark": "tuner", "small": small, "cases": {}, "cross": {}}
+    for model, of_layouts in benches(case or (CASES[:2] if small else CASES), small):
+        for layout, bench in of_layouts.items():
+            name = f"{model}:{layout}"
+            result = judge(bench)
+            payload |= {"environment": environment(bench.executor), "size": dataclasses.asdict(bench.size)}
+            payload["cases"][name] = result
+            for part in tables(name, result):
+                console.print(part)
+            write_json(json, payload)  # after each case: the next may fail
+        payload["cross"][model] = cross(of_layouts)
+        for title, points in payload["cross"][model].items():
+            console.print(comparison(f"{model}: {title}", points))
+        write_json(json, payload)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from .errors import InvalidArgument, MoEError, PlanRefused
 from .executors.base import MoEProblem
 from .parallel import Parallel
 from .tables import plan_table
-from .tuning import Plan, PlanKey
+from .tuning import Plan, PlanKey, Timing
 from .tuning import plan_tools as tools
 from .tuning.explain import Candidate, Explanation, RowsPerExpert
 from .tuning.explain import explain as explain_plan
@@ -206,13 +206,21 @@ def _print_explanation(plan: Plan, found: Explanation) -> None:
         for candidate in gemm.candidates:
             _row(table, candidate.tactic, *_candidate_times(candidate), candidate.note)
         out.print(table)
+    if found.layer is not None:
+        _say(f"\nthe whole layer\n  {found.layer.decision}")
+        table = _table("gemm1 tactic", "gemm2 tactic", "us", f"{plan.confidence:.0%} interval")
+        for pair in found.layer.pairs:
+            _row(table, pair.gemm1, pair.gemm2, *_times(pair.timing))
+        out.print(table)
 
 
 def _candidate_times(candidate: Candidate) -> tuple[str, str, str]:
-    timing, predicted = candidate.timing, "" if candidate.predicted is None else f"{candidate.predicted:.1f}"
-    if timing is None:
-        return "", "", predicted
-    return f"{timing.us:.1f}", f"{timing.low:.1f} to {timing.high:.1f}", predicted
+    predicted = "" if candidate.predicted is None else f"{candidate.predicted:.1f}"
+    return (*(("", "") if candidate.timing is None else _times(candidate.timing)), predicted)
+
+
+def _times(timing: Timing) -> tuple[str, str]:
+    return f"{timing.us:.1f}", f"{timing.low:.1f} to {timing.high:.1f}"
 
 
 def _problem(model: str | None, parallel: str | None, scale: int, small: bool) -> MoEProblem | None:

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from moe_runtime import cli, machine
-from moe_runtime.tuning import Plan
+from moe_runtime.tuning import PairTiming, Plan
 
-from .plans import MODEL, OTHER, choice, entry, make_plan
+from .plans import DEFAULT, MODEL, OTHER, choice, entry, make_plan, timing
 
 
 @pytest.fixture
@@ -134,4 +135,18 @@ def test_explain_command(moe_runtime: Any, tmp_path: Path) -> None:
     assert code == 0 and "16 tokens per rank (32 kernel rows)" in out and "over 64 experts" in out
     assert "95% interval" in out and "48.8 to 51.2" not in out and "47.5 to 52.5" in out
     found = json.loads(moe_runtime("explain", path, "--tokens", "16", "--json")[1])
-    assert found["bucket"] == 8 and found["gemms"][0]["candidates"][0]["timing"]["us"] == 50
+    assert found["bucket"] == 8 and found["gemms"][0]["candidates"][0]["timing"]["us"] == 50 and found["layer"] is None
+
+
+def test_explain_command_tells_of_the_race_on_the_layer(moe_runtime: Any, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    pairs = (PairTiming(DEFAULT, DEFAULT, timing(300)), PairTiming(OTHER, DEFAULT, timing(240)))
+    raced = msgspec.structs.replace(entry(8, choice(OTHER)), layer=pairs)
+    make_plan(raced).save(path)
+    code, out, _ = moe_runtime("explain", path, "--tokens", "8")
+    assert code == 0 and "the whole layer\n  the fastest of 2 pairs, 20.0% below the default pair" in out
+    assert "228.0 to 252.0" in out and out.index("240.0") < out.index("300.0")
+    found = json.loads(moe_runtime("explain", path, "--tokens", "8", "--json")[1])
+    assert found["layer"]["pairs"][0] == {"gemm1": OTHER, "gemm2": DEFAULT} | {
+        "timing": {"us": 240, "low": 228, "high": 252}
+    }

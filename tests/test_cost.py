@@ -14,10 +14,13 @@ from moe_runtime.errors import InvalidArgument
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.kernels import KernelVariant
+from moe_runtime.roofs import ROOFS, Roofs
 from moe_runtime.tuning.buckets import MOST, by_usefulness, plan_buckets, propose
-from moe_runtime.tuning.cost import HEADROOM, ROOFS, Roofs, cost, predict, promising
+from moe_runtime.tuning.cost import HEADROOM, cost, predict, promising
 from moe_runtime.workload import buckets as powers_of_two
 from moe_runtime.workload import make_workload
+
+from .test_tuner import FakeExecutor
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h200" / "gemm.json"
 H200 = ROOFS["NVIDIA H200"]
@@ -82,10 +85,9 @@ def test_tiles_and_waves_by_hand() -> None:
     # 3 experts with rows: 1, 1 and 2 tiles of 64 tokens, each times 4 tiles of 128 weights.
     found = cost(variant((128, 64), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, H200)
     assert (found.tiles, found.waves) == (16, 2)
-    assert found.tiles_us == pytest.approx(2 * 10 * (64 + 128) * 1024 / H200.l2 / 1e6)
+    assert found.tiles_us == pytest.approx(2 * 10 * (64 + 128) * 1024 / H200.l2_tbps / 1e6)
     read = 3 * (512 * 1024 + 4 * 4 * 8) + 130 * (1024 + 8 * 4 + 2 * 512)
-    assert found.memory_us == pytest.approx(read / H200.memory / 1e6)
-    assert found.bound == ("memory" if found.memory_us > found.tiles_us else "tiles")
+    assert found.memory_us == pytest.approx(read / H200.read_tbps / 1e6)
 
 
 def test_rows_count_and_not_their_mean() -> None:
@@ -97,7 +99,7 @@ def test_rows_count_and_not_their_mean() -> None:
 def test_a_cluster_takes_its_blocks_together() -> None:
     """Two token tiles share the weights: no use where an expert has only one, but half the reading where it has two."""
     alone, pair = variant((128, 128)), variant((128, 128), cluster=(2, 1))
-    slow_l2 = Roofs(memory=4.0, l2=1.0, flops=1e9)
+    slow_l2 = Roofs(read_tbps=4.0, l2_tbps=1.0, block_scaled_tflops=1e9, dense_tflops=1e9)
     for rows, ratio in ((128, 1.5), (256, 0.75)):
         one, two = (cost(v, [rows] * SMS, (128, 4096), SMS, slow_l2).tiles_us for v in (alone, pair))
         assert two / one == pytest.approx(ratio)
@@ -176,6 +178,19 @@ def test_unequal_rows_get_points_halfway() -> None:
 def test_without_tiles_powers_of_two_do(tune_max: int) -> None:
     shape = problem("qwen3-235b", "dep2")
     assert list(plan_buckets(shape, get_executor("cpu"), tune_max, "random")) == powers_of_two(tune_max)
+
+
+def test_kernels_of_an_executor_give_predictions_and_buckets() -> None:
+    executor, shape = FakeExecutor({"plain": 1}), problem("deepseek-r1", "dep8")
+    executor.variants, executor.sm_count = variants(), SMS
+    assert plan_buckets(shape, executor, 8192, "balanced") == propose(shape, 8192, TILES)
+    workload = make_workload(shape.config, shape.parallel, 128, "balanced")
+    assert predict(executor, shape, "gemm1", [workload]) == {}  # on a device without roofs
+    executor.device_name = "NVIDIA H200"  # type: ignore[misc]
+    predicted = predict(executor, shape, "gemm1", [workload, workload])
+    assert predicted.keys() == variants().keys()
+    for name, us in predicted.items():
+        assert us == [cost(variants()[name], [32] * 32, (4096, 7168), SMS, H200).us] * 2
 
 
 def test_no_buckets_below_one_token() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moe_runtime.errors import PlanRefused
+from moe_runtime.roofs import ROOFS
 from moe_runtime.tuning import GemmChoice
-from moe_runtime.tuning.cost import ROOFS
 from moe_runtime.tuning.explain import RowsPerExpert, explain
 
 from .plans import DEFAULT, OTHER, choice, entry, make_plan, rekeyed, timing
@@ -57,9 +57,10 @@ def test_explain_draws_the_roofs() -> None:
     roofs = ROOFS["NVIDIA H200"]
     assert gemm1 is not None and gemm2 is not None
     flops = 2 * 256 * (2 * 768) * 2048
-    assert gemm1.flops_us == pytest.approx(flops / roofs.flops / 1e6) and gemm2.flops_us == gemm1.flops_us / 2
+    assert gemm1.flops_us == pytest.approx(flops / roofs.block_scaled_tflops / 1e6)
+    assert gemm2.flops_us == gemm1.flops_us / 2
     weights = 64 * (2 * 768) * 2048
-    assert weights < gemm1.memory_us * roofs.memory * 1e6 < 1.02 * weights
+    assert weights < gemm1.memory_us * roofs.read_tbps * 1e6 < 1.02 * weights
     assert explain(make_plan(entry(32)), 32).gemms[0].roof is None
 
 

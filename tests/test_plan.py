@@ -144,6 +144,9 @@ def test_require_raises() -> None:
         make_plan("dep2").require(problem("ep2"), DEVICE, LIBRARY)
 
 
+PAIR = {"gemm1": "a_1", "gemm2": "b_1", "timing": {"us": 3.0, "low": 2.0, "high": 4.0}}
+
+
 def edited(**changes: Any) -> bytes:
     data = msgspec.to_builtins(make_plan())
     for dotted, value in changes.items():
@@ -163,8 +166,8 @@ def edited(**changes: Any) -> bytes:
         (edited()[:-100], "damaged, not JSON"),
         (b"[1, 2]", "not a plan"),
         (b'{"E": 128, "N": 768}', "not a plan"),
-        (edited(schema_version=1), "schema version 1, this moe_runtime reads 2"),
-        (b'{"schema_version": 2}', "damaged (Object missing required field"),
+        (edited(schema_version=2), "schema version 2, this moe_runtime reads 3"),
+        (b'{"schema_version": 3}', "damaged (Object missing required field"),
         (edited(unknown=1), "unknown field `unknown`"),
         (edited(key__regime="xp"), "damaged (Invalid enum value 'xp'"),
         (edited(key__size=3), "damaged (parallel: got dep3"),
@@ -181,6 +184,8 @@ def edited(**changes: Any) -> bytes:
         (edited(entries__0__gemm1__tactic="bad"), "chose bad, which was rejected"),
         (edited(quarantined={"a_4": "hung"}), "chose a_4, which was rejected"),
         (edited(entries=[]), "complete is True, with entries for 0 of 10"),
+        (edited(entries__0__layer=[PAIR | {"gemm1": "b_1"}]), "chose a_1 + b_1, which did not race on the layer"),
+        (edited(entries__0__layer=[PAIR | {"timing": dict.fromkeys(("us", "low", "high"), 0)}]), "us for a_1 + b_1"),
     ],
 )
 def test_load_refuses(tmp_path: Path, content: bytes, reason: str) -> None:

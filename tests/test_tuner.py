@@ -2,7 +2,7 @@
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument, PlanRefused, Unsupported
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import Executor, Gemm, MoEProblem
+from moe_runtime.executors.base import Executor, Gemm, MoEProblem, TacticPair
+from moe_runtime.kernels import KernelVariant
 from moe_runtime.parallel import Parallel
-from moe_runtime.tuning import Plan, plan_lock, tune, tuner
+from moe_runtime.tuning import Plan, plan_lock, tune
 from moe_runtime.tuning.session import tune_into
 from moe_runtime.weights import FP8BlockWeights
 from moe_runtime.workload import Workload, kernel_rows
@@ -55,13 +56,33 @@ class FakeTrial:
         return {tactic: [self.us[tactic] + repeat % 2 for repeat in range(repeats)] for tactic in tactics}
 
 
+class FakeLayerTrial:
+    """A layer takes what `us` says of its pair, else as long as both GEMMs."""
+
+    def __init__(self, gemm_us: dict[str, float], us: dict[TacticPair, float]) -> None:
+        self.gemm_us, self.us = gemm_us, us
+        self.timed: list[tuple[TacticPair, ...]] = []
+
+    def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
+        self.timed.append(tuple(pairs))
+        us = {pair: self.us.get(pair, sum(self.gemm_us[tactic] for tactic in pair)) for pair in pairs}
+        return {pair: [us[pair] + repeat % 2 for repeat in range(repeats)] for pair in pairs}
+
+
 class FakeExecutor:
-    name, device_name, library_hash = "cpu", "cpu", "fake"
+    name, device_name, library_hash, sm_count = "cpu", "cpu", "fake", 0
+    variants: Mapping[str, KernelVariant] = {}
 
     def __init__(self, us: dict[str, float], faults: dict[str, str] | None = None) -> None:
         self.us, self.faults = us, faults or {}
+        self.layer_us: dict[TacticPair, float] = {}
+        self.layers: list[FakeLayerTrial] = []
         self.asked: list[int] = []
         self.stop_at: int | None = None
+        self.free: int | None = None
+
+    def free_bytes(self) -> int | None:
+        return self.free
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
         return (*self.us, "unfit")
@@ -80,8 +101,14 @@ class FakeExecutor:
             raise KeyboardInterrupt
         return FakeTrial(self.us, self.faults)
 
+    def layer_trial(
+        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int
+    ) -> FakeLayerTrial:
+        self.layers.append(FakeLayerTrial(self.us, self.layer_us))
+        return self.layers[-1]
+
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
-        raise AssertionError("the tuner times GEMMs, not layers")
+        raise AssertionError("the tuner runs trials, not layers")
 
     run = workspace_bytes  # type: ignore[assignment]
 
@@ -206,9 +233,9 @@ def test_running_out_of_memory_is_not_a_fault(weights: FP8BlockWeights) -> None:
     assert plan.quarantined == {} and plan.entries[0].gemm1.rejected["quick"].startswith("no memory")
 
 
-def test_a_trial_that_does_not_fit_keeps_the_default(weights: FP8BlockWeights, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner, "free_bytes", lambda executor: 3 << 30)
+def test_a_trial_that_does_not_fit_keeps_the_default(weights: FP8BlockWeights) -> None:
     executor = FakeExecutor({"plain": 100, "quick": 50})
+    executor.free = 3 << 30
     executor.workspace_bytes = lambda problem, num_rows: num_rows << 30  # type: ignore[method-assign]
     plan = tune(problem("ep2"), weights, executor, 4, "balanced")
     assert plan.complete and [entry.gemm1.tactic for entry in plan.entries] == ["quick", "quick", "plain"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,68 +14,136 @@ from moe_runtime.tuning import profiler
 
 from .test_tuner import FakeExecutor
 
-TINY = benchmark.Size(tokens=(1, 4), between=1, rounds=3, samples=1)
+TINY = benchmark.Size(tokens=(1, 4), between=1, rounds=3)
+PARTS = ["tune", "tune again", "tune for skew", "regret", "transfer", "flips", "skew", "cross"]
 
 
 def test_small_form_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark, "SMALL", TINY)
+    monkeypatch.setattr(benchmark, "vetting", lambda *_: nullcontext())
     monkeypatch.setattr(profiler, "RACE_SECONDS", 0.02)
     path = tmp_path / "tuner.json"
     benchmark.main(json=path, case=None, small=True)
     written = json.loads(path.read_text())
     assert written["environment"]["device"] == "cpu" and written["size"]["tokens"] == [1, 4]
-    (result,) = written["cases"].values()
-    assert result["complete"] and result["buckets"] == [1, 2, 4] and result["tune_seconds"] > 0
-    assert [point["tokens"] for point in result["points"]] == [1, 4]
-    assert [point["tokens"] for point in result["transfer"]["points"]] == [3]
-    for summary in (result["regret"], result["transfer"]):
-        assert math.isfinite(summary["worst"]) and 0 <= summary["mean"] <= summary["worst"]
-    for point in result["points"] + result["transfer"]["points"]:
-        assert 0 < point["best_us"] <= min(point["us"], point["default_us"]) and point["regret"] >= 0
-        assert point["gain"] == pytest.approx(point["default_us"] / point["us"] - 1)
-    assert result["flips"]["places"] == 6 and 0 <= result["flips"]["lost"] < math.inf
-    assert set(result["skew"]) == {"zipf:1.0", "dirichlet:0.3"}
-    for points in result["skew"].values():
+    assert list(written["cases"]) == ["qwen3-235b:dep2", "qwen3-235b:ep2"]
+    for result in written["cases"].values():
+        assert result["complete"] and result["buckets"] == [1, 2, 4]
+        assert list(result["seconds"]) == PARTS and result["seconds"]["tune"] == result["tune_seconds"] > 0
+        assert [point["tokens"] for point in result["points"]] == [1, 4]
+        assert [point["tokens"] for point in result["transfer"]["points"]] == [3]
+        for summary in (result["regret"], result["transfer"]):
+            assert math.isfinite(summary["worst"]) and 0 <= summary["mean"] <= summary["worst"]
+        for point in result["points"] + result["transfer"]["points"]:
+            assert 0 < point["best_us"] <= min(point["us"], point["default_us"]) and point["regret"] >= 0
+            assert point["gain"] == pytest.approx(point["default_us"] / point["us"] - 1)
+        assert result["flips"]["places"] == 6 and 0 <= result["flips"]["lost"] < math.inf
+        assert set(result["skew"]) == {"zipf:1.0", "dirichlet:0.3"}
+        assert all([point["tokens"] for point in points] == [1] for points in result["skew"].values())
+    compared = written["cross"]["qwen3-235b"]
+    assert list(compared) == [
+        "dep2, with the plan of ep2 and its own",
+        "ep2, with the plan of dep2 and its own",
+        "dep2 after an all-to-all, tuned on compact and on alltoall",
+    ]
+    for points in compared.values():
         assert [point["tokens"] for point in points] == [1, 4]
-        assert all(point["tuned_on_balanced_us"] > 0 and point["tuned_on_it_us"] > 0 for point in points)
-    assert "winners flipped" in capsys.readouterr().out
+        for point in points:
+            assert min(point["us"]) > 0 and point["delta"] == pytest.approx(point["us"][0] / point["us"][1] - 1)
+    printed = capsys.readouterr().out
+    assert "winners flipped" in printed and "dep2, with the plan of ep2 and its own" in printed
 
 
-@pytest.fixture
-def bench() -> benchmark.Bench:
-    problem = MoEProblem(MoEConfig("test", 256, 128, 8, 2), Parallel.parse("dep2"))
+def make_bench(layout: str = "dep2") -> benchmark.Bench:
+    problem = MoEProblem(MoEConfig("test", 256, 128, 8, 2), Parallel.parse(layout))
     weights = FP8BlockWeights.random(problem.config, problem.num_local_experts)
     return benchmark.Bench(FakeExecutor({"plain": 100, "quick": 50, "fair": 80}), problem, weights, TINY)
 
 
+@pytest.fixture
+def bench() -> benchmark.Bench:
+    return make_bench()
+
+
 def test_regret_by_hand(bench: benchmark.Bench) -> None:
-    plan, _ = bench.tune("balanced")
-    (point,) = bench.points(plan, "balanced", [4])
+    plan = bench.tune("own", "balanced")
+    (point,) = bench.points(plan, [4])
     assert (point["us"], point["default_us"], point["best_us"]) == (100, 200, 100)
     assert (point["regret"], point["gain"]) == (0, 1)
 
     bench.times.clear()
     bench.executor.us |= {"fair": 40}  # type: ignore[attr-defined]
-    (point,) = bench.points(plan, "balanced", [4])
+    (point,) = bench.points(plan, [4])
     assert (point["best_us"], point["regret"]) == (80, 0.25)
 
 
+def test_a_survey_scouts_all_and_times_those_that_matter(
+    bench: benchmark.Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Near the fastest, or run by the default or a plan, whatever it takes by now."""
+    bench.tune("own", "balanced")
+    executor = bench.executor
+    assert isinstance(executor, FakeExecutor)
+    executor.us |= {"quick": 300, "close": 90, "far": 95, "fair": 80}
+    trials = []
+    make = executor.gemm_trial
+    monkeypatch.setattr(executor, "gemm_trial", lambda *given: trials.append(make(*given)) or trials[-1])
+    found = bench.survey("balanced", 4)
+    assert found == bench.survey("balanced", 4) and len(trials) == 2
+    for trial in trials:
+        assert trial.timed == [("plain", "quick", "fair", "close", "far"), ("plain", "quick", "fair", "close")]
+    assert found["gemm2"] == {"plain": 100, "quick": 300, "fair": 80, "close": 90}
+
+
 def test_flips_by_hand(bench: benchmark.Bench) -> None:
-    first, _ = bench.tune("balanced")
+    first = bench.tune("own", "balanced")
     assert bench.flips(first, first) == {"places": 6, "flipped": [], "lost": 0}
-    bench.times.clear()
     bench.executor.us |= {"fair": 20}  # type: ignore[attr-defined]
-    second, _ = bench.tune("balanced", seed=1)
+    second = bench.tune("again", "balanced", seed=1)
     found = bench.flips(first, second)
     assert len(found["flipped"]) == 6 and found["flipped"][0]["tactics"] == ["quick", "fair"]
     assert found["lost"] == pytest.approx((50 - 20) / 20)
 
 
 def test_points_between_buckets(bench: benchmark.Bench) -> None:
-    bench.size = benchmark.Size(tokens=(1, 64), between=40, rounds=3, samples=1)
-    plan, _ = bench.tune("balanced")
+    bench.size = benchmark.Size(tokens=(1, 64), between=40, rounds=3)
+    plan = bench.tune("own", "balanced")
     found = bench.between(plan)
     assert len(found) == 40 and not set(found) & set(plan.buckets) and found == sorted(set(found))
     assert found == bench.between(plan) and found[0] > 1 and found[-1] < 64
+
+
+def test_the_cost_of_another_layouts_plan_by_hand() -> None:
+    """Under ep2 "quick" is fast and under dep2 "fair"; the layer takes 30 more than what its GEMMs do."""
+    benches = {layout: make_bench(layout) for layout in ("dep2", "ep2")}
+    for bench, best in zip(benches.values(), ("fair", "quick"), strict=True):
+        executor = bench.executor
+        assert isinstance(executor, FakeExecutor)
+        executor.us = {"plain": 100, "quick": 50, "fair": 80} | {best: 20}
+        executor.layer_us = {(name, name): 2 * us + 30 for name, us in executor.us.items()}
+        assert {entry.pair for entry in bench.tune("own", benchmark.TUNED_ON).entries} == {(best, best)}
+    found = benchmark.cross(benches)
+    (dep_with_ep, ep_with_dep, alltoall) = found.values()
+    assert [point["tokens"] for point in dep_with_ep] == [1, 4]
+    one, four = dep_with_ep
+    assert one["tactics"] == [("quick", "quick"), ("fair", "fair")] and one["us"] == [130, 70]
+    assert one["delta"] == pytest.approx(130 / 70 - 1)
+    assert four["tokens_per_second_per_gpu"] == pytest.approx([4e6 / 130, 4e6 / 70])
+    assert ep_with_dep[1]["us"] == [190, 70]
+    # Both ranks hold the same four tokens.
+    assert ep_with_dep[1]["tokens_per_second_per_gpu"] == pytest.approx([2e6 / 190, 2e6 / 70])
+    assert all(point["us"] == [70, 70] and point["delta"] == 0 for point in alltoall)
+    assert benches["dep2"].plans["alltoall"].key.dispatch == "alltoall" and "alltoall" not in benches["ep2"].plans
+    assert all(bench.seconds["cross"] > 0 for bench in benches.values())
+
+
+def test_layouts_of_a_model_share_weights() -> None:
+    cases = ["qwen3-235b:dep2", "deepseek-r1:dep8", "qwen3-235b:ep2", "qwen3-235b:dep4"]
+    found = {model: of_layouts for model, of_layouts in benchmark.benches(cases, small=True)}
+    assert {model: list(of_layouts) for model, of_layouts in found.items()} == {
+        "qwen3-235b": ["dep2", "ep2", "dep4"], "deepseek-r1": ["dep8"],
+    }  # fmt: skip
+    dep2, ep2, dep4 = found["qwen3-235b"].values()
+    assert dep2.weights is ep2.weights is not dep4.weights

@@ -149,7 +149,7 @@ def layer_gain(one: Tuned, bucket: int) -> float | None:
 
 
 def regret(choice: GemmChoice) -> float | None:
-    """chosen / fastest measured - 1: what the margin kept from a tactic that measured faster. None: nothing timed."""
+    """chosen / fastest measured - 1: what margin or layer kept from a faster tactic. None: nothing timed."""
     return None if choice.us is None else choice.us / min(timing.us for timing in choice.timings.values()) - 1
 
 

@@ -22,9 +22,9 @@ from matplotlib.transforms import Affine2D
 
 from ..errors import InvalidArgument
 from ..executors.base import GEMMS, Gemm
+from ..roofs import Roofs
 from ..tuning.plan import Timing
 from .facts import Tuned, cost_of_other, gain
-from .roofs import Roofs
 from .style import COLOURS, DASHES, HATCHES, INK, MARKERS, ON_COLOUR, PAGE, RC, SERIES, SOFT
 
 SLOWEST_SHOWN = 2.0
@@ -167,13 +167,14 @@ def roofline(tuned: Sequence[Tuned], gemm: Gemm, roofs: Roofs | None) -> Callabl
         axes.set_yscale("log")
         if roofs is not None:
             low, high = axes.get_xlim()
-            ridge = roofs.tflops / roofs.read_tbps
+            ridge = roofs.dense_tflops / roofs.read_tbps
             corner = min(max(ridge, low), high)
             line = [low, corner, max(high, ridge)]
-            axes.plot(line, [min(at * roofs.read_tbps, roofs.tflops) for at in line], color=INK.light, linewidth=1.6)
+            roof = [min(at * roofs.read_tbps, roofs.dense_tflops) for at in line]
+            axes.plot(line, roof, color=INK.light, linewidth=1.6)
             axes.annotate(
-                f"{roofs.tflops:,.0f} TFLOP/s, {roofs.read_tbps} TB/s",
-                (line[-1], roofs.tflops), textcoords="offset points", xytext=(0, 5), ha="right", fontsize=9,
+                f"{roofs.dense_tflops:,.0f} TFLOP/s, {roofs.read_tbps} TB/s",
+                (line[-1], roofs.dense_tflops), textcoords="offset points", xytext=(0, 5), ha="right", fontsize=9,
             )  # fmt: skip
         axes.set_xlabel("FLOP per byte moved")
         axes.set_ylabel("TFLOP/s achieved")

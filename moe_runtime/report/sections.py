@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..executors.base import GEMMS, Gemm
+from ..roofs import ROOFS, Roofs
 from ..tables import short_name
 from ..tuning import GemmChoice, Plan
 from . import figures
 from .facts import Tuned, comparable, cost_of_other, gain, layer_gain, letters, named, regret
 from .figures import Panel
 from .parts import Column, Section, Table, percent, us
-from .roofs import MEASURED, Roofs
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ def _regret(tuned: Sequence[Tuned], chosen: figures.Letters) -> Section:
                 cells.append([one.label, f"{bucket:,}", gemm, *names, f"{lost:.2%}"])
     intro = (
         "How much slower the chosen tactic is than the fastest that was timed beside it: what the margin keeps from "
-        "tactics whose lead is within the noise. Tactics that were not timed may be faster still; only an exhaustive "
+        "tactics whose lead is within the noise, and the layer's time from those that only lead alone. Tactics "
+        "that were not timed may be faster still; only an exhaustive "
         "second measurement knows."
     )
     headings = [Column("chosen", False), Column("fastest timed", False), Column("regret")]
@@ -282,7 +283,7 @@ def _foreign_table(one: Tuned, others: Sequence[Tuned]) -> Table:
 
 def _roofline(tuned: Sequence[Tuned]) -> Section:
     devices = {one.plan.key.device for one in tuned}
-    roofs = MEASURED.get(next(iter(devices))) if len(devices) == 1 else None
+    roofs = ROOFS.get(next(iter(devices))) if len(devices) == 1 else None
     words = [
         "The chosen tactics: work done per byte that the GEMM must move at least, and the rate achieved; a marker a "
         "bucket, few tokens on the left."
@@ -290,7 +291,7 @@ def _roofline(tuned: Sequence[Tuned]) -> Section:
     if roofs is not None:
         words.append(
             f"Roofs as measured on one {next(iter(devices))}: {roofs.read_tbps} TB/s of memory read and "
-            f"{roofs.tflops:,.0f} TFLOP/s of cuBLAS' dense FP8."
+            f"{roofs.dense_tflops:,.0f} TFLOP/s of cuBLAS' dense FP8."
         )
     else:
         words.append(f"No roofs are drawn: none were measured for {' beside '.join(sorted(devices))}.")
@@ -325,7 +326,7 @@ def _rate(tflops: float) -> str:
 
 
 def _of_roof(intensity: float, tflops: float, roofs: Roofs | None) -> list[str]:
-    return [] if roofs is None else [f"{tflops / min(intensity * roofs.read_tbps, roofs.tflops):.0%}"]
+    return [] if roofs is None else [f"{tflops / min(intensity * roofs.read_tbps, roofs.dense_tflops):.0%}"]
 
 
 def _workload(tuned: Sequence[Tuned]) -> Section:

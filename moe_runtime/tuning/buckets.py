@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from ..executors.base import Executor, MoEProblem
-from ..executors.cuda import CudaExecutor
 from ..workload import buckets as powers_of_two
 from ..workload import kernel_rows
 
@@ -27,7 +26,7 @@ def plan_buckets(
     problem: MoEProblem, executor: Executor, tune_max_num_tokens: int, distribution: str
 ) -> tuple[int, ...]:
     """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1."""
-    tiles = {v.token_tile for v in executor.library.variants.values()} if isinstance(executor, CudaExecutor) else ()
+    tiles = {variant.token_tile for variant in executor.variants.values()}
     return propose(problem, tune_max_num_tokens, sorted(tiles), smeared=distribution != "balanced")
 
 

@@ -14,27 +14,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from ..executors.base import Executor, Gemm, MoEProblem
-from ..executors.cuda import CudaExecutor
 from ..formats.fp8_block import BLOCK
 from ..kernels import KernelVariant
+from ..roofs import ROOFS, Roofs
 from ..workload import Workload
-
-
-@dataclass(frozen=True)
-class Roofs:
-    """Measured rates of one GPU: memory and L2 in TB/s, block-scaled e4m3 in TFLOP/s."""
-
-    memory: float
-    l2: float
-    flops: float
-
-
-ROOFS = {"NVIDIA H200": Roofs(memory=4.45, l2=9.6, flops=1200.0)}
-"""By device name. memory: of a kernel that only reads. l2, flops: the most that any variant reached where that was its
-limit. Without roofs nothing is predicted, and so nothing pruned."""
 
 HEADROOM = 1.5
 """How far above the least prediction a variant may lie and still race. Over all sizes in benchmarks/results/h200, no
@@ -68,10 +52,6 @@ class Cost:
     def us(self) -> float:
         return max(self.memory_us, self.tiles_us)
 
-    @property
-    def bound(self) -> str:
-        return "memory" if self.memory_us >= self.tiles_us else "tiles"
-
 
 def cost(
     variant: KernelVariant, rows_per_expert: Sequence[int], shape: tuple[int, int], sm_count: int, roofs: Roofs
@@ -91,24 +71,23 @@ def cost(
     tile_flops = 2 * token_tile * weight_tile * k
     # A cluster reads what its blocks share once: the tokens of its weight tiles, the weights of its token tiles.
     tile_bytes = k * (token_tile / cluster_weights + weight_tile / cluster_tokens)
-    tile_us = sm_count * max(tile_flops / roofs.flops, tile_bytes / roofs.l2) / 1e6
+    tile_us = sm_count * max(tile_flops / roofs.block_scaled_tflops, tile_bytes / roofs.l2_tbps) / 1e6
 
-    memory_us = gemm_bytes(rows_per_expert, shape) / roofs.memory / 1e6
+    memory_us = gemm_bytes(rows_per_expert, shape) / roofs.read_tbps / 1e6
     return Cost(memory_us, waves * tile_us, tiles, waves)
 
 
 def predict(
     executor: Executor, problem: MoEProblem, gemm: Gemm, workloads: Iterable[Workload]
 ) -> dict[str, list[float]]:
-    """Microseconds by tactic, one for each workload; empty where the model knows nothing: CPUs, and other GPUs."""
-    if not isinstance(executor, CudaExecutor) or executor.device_name not in ROOFS:
+    """Microseconds by tactic, one for each workload; empty where there are no roofs: on CPUs, and other GPUs."""
+    roofs, shape = ROOFS.get(executor.device_name), problem.gemm_shape(gemm)
+    if roofs is None:
         return {}
-    roofs, shape = ROOFS[executor.device_name], problem.gemm_shape(gemm)
-    sm_count = torch.cuda.get_device_properties(executor.device).multi_processor_count
     loads = [workload.rows_per_expert.tolist() for workload in workloads]
     return {
-        name: [cost(variant, rows, shape, sm_count, roofs).us for rows in loads]
-        for name, variant in executor.library.variants.items()
+        name: [cost(variant, rows, shape, executor.sm_count, roofs).us for rows in loads]
+        for name, variant in executor.variants.items()
     }
 
 

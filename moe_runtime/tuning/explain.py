@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from ..errors import MoEError
 from ..executors.base import Gemm, MoEProblem
+from ..roofs import ROOFS
 from ..workload import Workload, make_workload
-from .cost import ROOFS, gemm_bytes
-from .plan import GemmChoice, Plan, Timing
+from .cost import gemm_bytes
+from .plan import GemmChoice, PairTiming, Plan, PlanEntry, Timing
 from .plan_tools import choices, config_of, serving_bucket, serving_entry
 
 
@@ -52,6 +53,14 @@ class GemmExplanation:
 
 
 @dataclass(frozen=True)
+class LayerExplanation:
+    """The race of pairs of tactics on the whole layer: which rule it was decided by, and all pairs, fastest first."""
+
+    decision: str
+    pairs: tuple[PairTiming, ...]
+
+
+@dataclass(frozen=True)
 class RowsPerExpert:
     """GEMM rows of this rank's experts in the bucket's first workload, seen from rank 0."""
 
@@ -67,6 +76,7 @@ class Explanation:
 
     rows_per_expert: a sentence where the workload cannot be made here, such as a recorded file that is elsewhere.
     gemms: empty where the bucket was not tuned, and the default tactics run.
+    layer: None where the GEMMs' own times decided.
     """
 
     tokens: int
@@ -75,6 +85,7 @@ class Explanation:
     rows: int | None
     rows_per_expert: RowsPerExpert | str
     gemms: tuple[GemmExplanation, ...]
+    layer: LayerExplanation | None
 
 
 def explain(plan: Plan, tokens: int) -> Explanation:
@@ -87,18 +98,27 @@ def explain(plan: Plan, tokens: int) -> Explanation:
         rows_per_expert: RowsPerExpert | str = _spread(workload)
     except MoEError as error:
         rows_per_expert = f"unknown here: {error}"
+    pairs = () if entry is None else tuple(sorted(entry.layer, key=lambda pair: pair.timing.us))
+    raced = {tactic for pair in pairs for tactic in (pair.gemm1, pair.gemm2)}
     gemms = [
         GemmExplanation(
             gemm=gemm,
             tactic=choice.tactic,
-            decision=decision(plan, choice),
+            decision=_decision(plan, choice) if not pairs else "its own times left a doubt: the layer's decide",
             roof=None if workload is None else _roof(key.device, workload, gemm),
-            candidates=tuple(_candidates(plan, choice)),
+            candidates=tuple(_candidates(plan, choice, raced)),
         )
         for gemm, choice in (choices(entry) if entry is not None else ())
     ]
-    rows = None if entry is None else entry.rows
-    return Explanation(tokens, bucket, _rounding(plan, tokens), rows, rows_per_expert, tuple(gemms))
+    return Explanation(
+        tokens=tokens,
+        bucket=bucket,
+        rounding=_rounding(plan, tokens),
+        rows=None if entry is None else entry.rows,
+        rows_per_expert=rows_per_expert,
+        gemms=tuple(gemms),
+        layer=LayerExplanation(_pair_decision(plan, entry), pairs) if entry is not None and pairs else None,
+    )
 
 
 def _rounding(plan: Plan, tokens: int) -> str:
@@ -125,13 +145,15 @@ def _roof(device: str, workload: Workload, gemm: Gemm) -> Roof | None:
     shape = MoEProblem(workload.config, workload.parallel).gemm_shape(gemm)
     moved = gemm_bytes(workload.rows_per_expert.tolist(), shape)
     flops = 2 * workload.local_slots * shape[0] * shape[1]
-    return Roof(memory_us=moved / roofs.memory / 1e6, flops_us=flops / roofs.flops / 1e6)
+    return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / roofs.block_scaled_tflops / 1e6)
 
 
-def _candidates(plan: Plan, choice: GemmChoice) -> Iterator[Candidate]:
+def _candidates(plan: Plan, choice: GemmChoice, raced: Set[str]) -> Iterator[Candidate]:
+    """raced: tactics of the pairs that raced on the layer."""
     out = choice.rejected | {tactic: f"quarantined: {reason}" for tactic, reason in plan.quarantined.items()}
     for tactic in sorted(choice.timings, key=lambda tactic: choice.timings[tactic].us):
-        yield Candidate(tactic, choice.timings[tactic], choice.predicted.get(tactic), _note(choice, tactic, out))
+        note = _note(choice, tactic, out, raced)
+        yield Candidate(tactic, choice.timings[tactic], choice.predicted.get(tactic), note)
     pruned = choice.predicted.keys() - choice.timings.keys() - out.keys()
     for tactic in sorted(pruned, key=lambda tactic: choice.predicted[tactic]):
         yield Candidate(tactic, None, choice.predicted[tactic], "not timed: the cost model ruled it out")
@@ -139,19 +161,21 @@ def _candidates(plan: Plan, choice: GemmChoice) -> Iterator[Candidate]:
         yield Candidate(tactic, None, choice.predicted.get(tactic), out[tactic])
 
 
-def _note(choice: GemmChoice, tactic: str, out: Mapping[str, str]) -> str:
+def _note(choice: GemmChoice, tactic: str, out: Mapping[str, str], raced: Set[str]) -> str:
     if tactic in out:
         return out[tactic]
     marks = [mark for mark, name in (("chosen", choice.tactic), ("default", choice.default_tactic)) if name == tactic]
     chosen = choice.timings.get(choice.tactic)
-    # The fastest of the final is chosen, or the default: who looks faster than another choice was not in the final.
-    if chosen is not None and choice.tactic != choice.default_tactic and choice.timings[tactic].us < chosen.us:
+    if tactic in raced and tactic != choice.tactic:
+        marks.append("lost on the layer")
+    # Else the fastest of the final is chosen, or the default: who looks faster than another choice was not in it.
+    elif chosen is not None and choice.tactic != choice.default_tactic and choice.timings[tactic].us < chosen.us:
         marks.append("out in an earlier heat")
     return ", ".join(marks)
 
 
-def decision(plan: Plan, choice: GemmChoice) -> str:
-    """Which rule made the choice, in a sentence."""
+def _decision(plan: Plan, choice: GemmChoice) -> str:
+    """Which rule made the choice of a GEMM by its own times, in a sentence."""
     timings, default = choice.timings, choice.default_tactic
     if not timings:
         why = next(iter(choice.rejected.values()), "no row reaches the rank in this bucket")
@@ -167,7 +191,27 @@ def decision(plan: Plan, choice: GemmChoice) -> str:
     if choice.tactic == default == fastest:
         return f"the default is the fastest of {len(timings)} timed"
     saved = 1 - timings[fastest if choice.tactic == default else choice.tactic].us / timings[default].us
-    rule = f"the margin of {plan.margin:.1%} over the whole {plan.confidence:.0%} confidence interval"
     if choice.tactic == default:
-        return f"the default stays: {fastest} took {saved:.1%} less time, but none beat it by more than {rule}"
-    return f"took {saved:.1%} less time than the default, and beat it by more than {rule}"
+        return f"the default stays: {fastest} took {saved:.1%} less time, but none beat it by more than {_rule(plan)}"
+    return f"took {saved:.1%} less time than the default, and beat it by more than {_rule(plan)}"
+
+
+def _pair_decision(plan: Plan, entry: PlanEntry) -> str:
+    """The same of both GEMMs' choices by the layer's times."""
+    us, default = {(pair.gemm1, pair.gemm2): pair.timing.us for pair in entry.layer}, entry.default_pair
+    withdrawn = {tactic for _, choice in choices(entry) for tactic in choice.timings.keys() & choice.rejected.keys()}
+    if withdrawn:
+        successor = "the default pair" if entry.pair == default else "the fastest pair of the others"
+        return f"{', '.join(sorted(withdrawn))} faulted after the race: {successor} runs instead"
+    fastest = min(us, key=lambda pair: us[pair])
+    if entry.pair == fastest:
+        saved = f", {1 - us[fastest] / us[default]:.1%} below the default pair" if default in us else ""
+        return f"the fastest of {len(us)} pairs{saved if fastest != default else ''}"
+    return (
+        f"the fastest of {len(us)} pairs took {1 - us[fastest] / us[entry.pair]:.1%} less time, but replaces what each "
+        f"GEMM's own times chose only if it beats that and the default by more than {_rule(plan)}"
+    )
+
+
+def _rule(plan: Plan) -> str:
+    return f"the margin of {plan.margin:.1%} over the whole {plan.confidence:.0%} confidence interval"

@@ -6,8 +6,9 @@ the tactics took turns. So the entries of two tactics pair up: what disturbed a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ CONFIDENCE = 0.95
 RESAMPLES = 1000
 
 Times = NDArray[np.float64]
+T = TypeVar("T", bound=Hashable)
+"""What races: tactics, or pairs of them."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Rule:
             raise InvalidArgument("confidence", self.confidence, "above 0 and below 1, such as 0.95")
 
 
-def judge(times: Mapping[str, Times], rule: Rule) -> dict[str, Timing]:
-    """Each tactic's objective and its confidence interval."""
-    return {tactic: _timing(array, rule) for tactic, array in times.items()}
+def judge(times: Mapping[T, Times], rule: Rule) -> dict[T, Timing]:
+    """The objective of each and its confidence interval."""
+    return {name: _timing(array, rule) for name, array in times.items()}
 
 
 def beats(candidate: Times, default: Times, rule: Rule) -> bool:
@@ -60,12 +63,12 @@ def beats(candidate: Times, default: Times, rule: Rule) -> bool:
     return _interval(ratios, rule.confidence)[1] < 1 - rule.margin
 
 
-def winner(times: Mapping[str, Times], default: str, rule: Rule) -> str:
-    """The fastest tactic where it beats the default, else the default; the fastest where the default is not among them.
+def winner(times: Mapping[T, Times], default: T, rule: Rule) -> T:
+    """The fastest where it beats the default, else the default; the fastest where the default is not among them.
 
     times: of the same samples and rounds.
     """
-    fastest = min(times, key=lambda tactic: objective_us(times[tactic], rule.objective))
+    fastest = min(times, key=lambda name: objective_us(times[name], rule.objective))
     if default not in times or beats(times[fastest], times[default], rule):
         return fastest
     return default

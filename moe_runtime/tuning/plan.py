@@ -24,9 +24,9 @@ from ..parallel import Parallel
 from ..workload import kernel_rows
 
 if TYPE_CHECKING:
-    from ..executors.base import MoEProblem
+    from ..executors.base import MoEProblem, TacticPair
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 ACTIVATION = "swiglu"
 
 Objective = Literal["mean", "p95"]
@@ -141,13 +141,34 @@ class GemmChoice(_Record, frozen=True):
         return self.timings[tactic].us if tactic in self.timings else None
 
 
+class PairTiming(_Record, frozen=True):
+    """The whole layer, every stage after routing, with two tactics."""
+
+    gemm1: str
+    gemm2: str
+    timing: Timing
+
+
 class PlanEntry(_Record, frozen=True):
-    """One bucket: tokens per rank, GEMM rows that the first sample brought to this rank, and both GEMMs' choices."""
+    """One bucket: tokens per rank, GEMM rows that the first sample brought to this rank, and both GEMMs' choices.
+
+    layer: the pairs of tactics that raced on the layer, of which the chosen is one; empty where no such race was held
+    and each GEMM's own times decide.
+    """
 
     bucket: int
     rows: int
     gemm1: GemmChoice
     gemm2: GemmChoice
+    layer: tuple[PairTiming, ...] = ()
+
+    @property
+    def pair(self) -> TacticPair:
+        return self.gemm1.tactic, self.gemm2.tactic
+
+    @property
+    def default_pair(self) -> TacticPair:
+        return self.gemm1.default_tactic, self.gemm2.default_tactic
 
 
 class _Header(msgspec.Struct):
@@ -228,10 +249,15 @@ class Plan(_Record, frozen=True, kw_only=True, dict=True):
         if self.complete != (len(found) == len(self.buckets)):
             return f"complete is {self.complete}, with entries for {len(found)} of {len(self.buckets)} buckets"
         for entry in self.entries:
+            timed = [*entry.gemm1.timings.items(), *entry.gemm2.timings.items()]
+            pairs = {(pair.gemm1, pair.gemm2): pair.timing for pair in entry.layer}
+            timed += [(" + ".join(pair), timing) for pair, timing in pairs.items()]
+            for name, timing in timed:
+                if not (0 < timing.low <= timing.us <= timing.high and math.isfinite(timing.high)):
+                    return f"bucket {entry.bucket} holds a time of {timing.us} us for {name}"
+            if pairs and entry.pair not in pairs:
+                return f"bucket {entry.bucket} chose {' + '.join(entry.pair)}, which did not race on the layer"
             for choice in (entry.gemm1, entry.gemm2):
-                for tactic, timing in choice.timings.items():
-                    if not (0 < timing.low <= timing.us <= timing.high and math.isfinite(timing.high)):
-                        return f"bucket {entry.bucket} holds a time of {timing.us} us for {tactic}"
                 for reasons in (choice.rejected, self.quarantined):
                     if choice.tactic in reasons:
                         return f"bucket {entry.bucket} chose {choice.tactic}, which was rejected"
@@ -267,15 +293,15 @@ class Plan(_Record, frozen=True, kw_only=True, dict=True):
         if reason is not None:
             raise PlanRefused(f"plan: {reason}")
 
-    def lookup(self, num_kernel_rows: int) -> tuple[str, str] | None:
+    def lookup(self, num_kernel_rows: int) -> TacticPair | None:
         """Tactics (gemm1, gemm2) of a call with that many rows; None where its bucket was not tuned."""
         starts, tactics = self.table
         return tactics[bisect_right(starts, num_kernel_rows) - 1]
 
     @cached_property
-    def table(self) -> tuple[tuple[int, ...], tuple[tuple[str, str] | None, ...]]:
+    def table(self) -> tuple[tuple[int, ...], tuple[TacticPair | None, ...]]:
         """(starts, tactics): a call of x kernel rows runs tactics[i] for the last starts[i] <= x; starts[0] is 0."""
-        chosen = {entry.bucket: (entry.gemm1.tactic, entry.gemm2.tactic) for entry in self.entries}
+        chosen = {entry.bucket: entry.pair for entry in self.entries}
         rows_a_token = kernel_rows(1, self.key.parallel)
         starts = (0, *(bucket * rows_a_token for bucket in self.buckets[1:]))
         return starts, tuple(chosen.get(bucket) for bucket in self.buckets)

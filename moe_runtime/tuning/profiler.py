@@ -6,13 +6,14 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..executors.base import GemmTrial
-from .measure import Rule, Times, judge, objective_us, winner
+from .measure import Rule, T, Times, judge, objective_us, winner
 from .plan import Timing
 
 SCOUT_ROUNDS = 2
@@ -66,15 +67,13 @@ def profile(
     times: dict[str, Times] = {}
     rounds, decided = SCOUT_ROUNDS, False
     while not decided:
-        times |= _race(trials, racing, rounds, deadline)
+        times |= race(trials, racing, rounds, deadline)
         us = {tactic: objective_us(times[tactic], rule.objective) for tactic in racing}
         stay = _stay(us, default) if len(racing) > FINALISTS else racing
         decided = len(stay) <= FINALISTS or len(stay) == len(racing)
         racing, rounds = stay, 2 * rounds
-    round_seconds = 1e-6 * sum(float(times[tactic][:, -1].sum()) for tactic in racing)
-    seconds = min(RACE_SECONDS * len(trials), deadline - time.monotonic())
-    final = _race(trials, racing, max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds))), deadline)
-    return Profile(winner(final, default, rule), judge(times | final, rule), rejected)
+    last = final(trials, racing, times, deadline)
+    return Profile(winner(last, default, rule), judge(times | last, rule), rejected)
 
 
 def _stay(us: Mapping[str, float], default: str) -> list[str]:
@@ -84,12 +83,27 @@ def _stay(us: Mapping[str, float], default: str) -> list[str]:
     return [tactic for tactic in us if us[tactic] <= limit or tactic == default]
 
 
-def _race(trials: Sequence[GemmTrial], tactics: Sequence[str], rounds: int, deadline: float) -> dict[str, Times]:
-    """Microseconds [samples, rounds] by tactic."""
+class _Trial(Protocol[T]):
+    """A `GemmTrial` or a `LayerTrial`."""
+
+    def time(self, names: Sequence[T], repeats: int, /) -> dict[T, list[float]]: ...
+
+
+def race(trials: Sequence[_Trial[T]], names: Sequence[T], rounds: int, deadline: float) -> dict[T, Times]:
+    """Microseconds [samples, rounds] by name. Raises OutOfTime."""
     if time.monotonic() > deadline:
         raise OutOfTime
-    by_trial = [trial.time(tactics, rounds) for trial in trials]
-    return {tactic: np.array([times[tactic] for times in by_trial]) for tactic in tactics}
+    by_trial = [trial.time(names, rounds) for trial in trials]
+    return {name: np.array([times[name] for times in by_trial]) for name in names}
+
+
+def final(
+    trials: Sequence[_Trial[T]], names: Sequence[T], before: Mapping[T, Times], deadline: float
+) -> dict[T, Times]:
+    """The race that decides, of a length that suits the times from before. Raises OutOfTime."""
+    round_seconds = 1e-6 * sum(float(before[name][:, -1].sum()) for name in names)
+    seconds = min(RACE_SECONDS * len(trials), deadline - time.monotonic())
+    return race(trials, names, max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds))), deadline)
 
 
 def _check_all(trial: GemmTrial, tactics: Sequence[str], tolerance: float, deadline: float) -> dict[str, str]:
@@ -112,7 +126,7 @@ def check(trial: GemmTrial, tactic: str, reference: tuple[Tensor, Tensor], toler
         # The reference holds a sample of the rows; what was left unwritten elsewhere shows as NaN.
         if not result.isfinite().all():
             return "wrong result: not finite, or left unwritten, somewhere"
-        error = float((result[row_index].float() - expected).norm() / expected.norm())
+        error = trial.error(tactic, result[row_index], expected)
     except torch.OutOfMemoryError as failure:
         return f"{NO_MEMORY}: {failure}"
     except Exception as failure:  # whatever a candidate raises disqualifies it, and only it

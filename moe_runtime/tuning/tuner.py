@@ -1,4 +1,4 @@
-"""Tunes one layer: for every bucket the workloads that one rank sees, and for each of its GEMMs the best tactic."""
+"""Tunes one layer: for every bucket the workloads that one rank sees, and for its two GEMMs the best tactics."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
-from ..executors.cuda import CudaExecutor
 from ..weights import FP8BlockWeights
 from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows, make_workload
 from .buckets import by_usefulness, plan_buckets, tuning_work
 from .cost import predict, promising
-from .measure import CONFIDENCE, MARGIN, Rule, objective_us
+from .measure import CONFIDENCE, MARGIN, Rule, T, objective_us
+from .pairs import doubtful_pairs, race_pairs
 from .plan import GemmChoice, Objective, Plan, PlanEntry, PlanKey, check_buckets
 from .profiler import NO_MEMORY, OutOfTime, profile
 
@@ -170,13 +170,29 @@ class _Task:
             )
             for sample in range(self.samples)
         ]
-        choices: dict[str, GemmChoice] = {}
-        for half, gemm in enumerate(GEMMS):
+        steps = (*GEMMS, "both")
+
+        def report(step: str) -> None:
             if on_step is not None:
-                done = clock.done + self.work(bucket) * half / len(GEMMS)
-                on_step(done / clock.work, f"{bucket} tokens, {gemm}")
-            choices[gemm] = self.choose(workloads, gemm, clock.deadline)
-        return PlanEntry(bucket=bucket, rows=workloads[0].local_slots, **choices)
+                done = clock.done + self.work(bucket) * steps.index(step) / len(steps)
+                on_step(done / clock.work, f"{bucket} tokens, {step}")
+
+        choices = []
+        for gemm in GEMMS:
+            report(gemm)
+            choices.append(self.choose(workloads, gemm, clock.deadline))
+        gemm1, gemm2 = choices
+        entry = PlanEntry(bucket=bucket, rows=workloads[0].local_slots, gemm1=gemm1, gemm2=gemm2)
+        pairs = doubtful_pairs(entry, self.quarantined.keys())
+        if not pairs:
+            return entry
+        report("both")
+        busy = [workload for workload in workloads if workload.local_slots]
+        trials = [self.executor.layer_trial(self.problem, self.weights, workload, self.seed) for workload in busy]
+        try:
+            return race_pairs(entry, trials, pairs, self.rule, clock.deadline)
+        except OutOfTime:
+            return entry  # what each GEMM's own times say stands
 
     def choose(self, workloads: Sequence[Workload], gemm: Gemm, deadline: float) -> GemmChoice:
         problem, executor, tokens = self.problem, self.executor, workloads[0].num_tokens
@@ -222,25 +238,17 @@ class _Task:
 
     def _too_large(self, workloads: Sequence[Workload]) -> str | None:
         """Why the trials of the workloads, which are held together, do not fit in memory."""
-        free = free_bytes(self.executor)
+        free = self.executor.free_bytes()
         if free is None:
             return None
         needed = sum(
             self.executor.workspace_bytes(self.problem, workload.num_rows)
-            + 2 * workload.num_rows * self.problem.config.hidden_size
+            + 4 * workload.num_rows * self.problem.config.hidden_size  # rows that come in, and rows that go out
             for workload in workloads
         )
         if needed <= free:
             return None
         return f"{NO_MEMORY}: timing it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-
-
-def free_bytes(executor: Executor) -> int | None:
-    """Memory that a trial may take; None where that is not limited: on CPUs trials take little beside the weights."""
-    if not isinstance(executor, CudaExecutor):
-        return None
-    free, _ = torch.cuda.mem_get_info(executor.device)
-    return free + torch.cuda.memory_reserved(executor.device) - torch.cuda.memory_allocated(executor.device)
 
 
 def _same_settings(resume: Plan, blank: Plan) -> bool:
@@ -250,24 +258,38 @@ def _same_settings(resume: Plan, blank: Plan) -> bool:
 
 
 def assemble(blank: Plan, entries: Mapping[int, PlanEntry], quarantined: Mapping[str, str]) -> Plan:
-    amended = []
-    for bucket in sorted(entries):
-        entry = entries[bucket]
-        gemm1, gemm2 = _amended(entry.gemm1, quarantined), _amended(entry.gemm2, quarantined)
-        if gemm1 is not None and gemm2 is not None:
-            amended.append(msgspec.structs.replace(entry, gemm1=gemm1, gemm2=gemm2))
+    amended = [_amended(entries[bucket], quarantined) for bucket in sorted(entries)]
+    left = tuple(entry for entry in amended if entry is not None)
     return msgspec.structs.replace(
-        blank, complete=len(amended) == len(blank.buckets), entries=tuple(amended), quarantined=dict(quarantined)
+        blank, complete=len(left) == len(blank.buckets), entries=left, quarantined=dict(quarantined)
     )
 
 
-def _amended(choice: GemmChoice, quarantined: Mapping[str, str]) -> GemmChoice | None:
-    """The choice without a tactic that faulted after it was chosen; None where nothing is left to choose."""
-    if choice.tactic not in quarantined:
-        return choice
-    sound = {tactic: timing.us for tactic, timing in choice.timings.items() if tactic not in quarantined}
-    if not sound:
+def _amended(entry: PlanEntry, quarantined: Mapping[str, str]) -> PlanEntry | None:
+    """The entry without tactics that faulted after they were chosen; None where nothing is left to choose."""
+    if quarantined.keys().isdisjoint(entry.pair):
+        return entry
+    raced = {(pair.gemm1, pair.gemm2): pair.timing.us for pair in entry.layer}
+    sound = {pair: us for pair, us in raced.items() if quarantined.keys().isdisjoint(pair)}
+    first, second = _next(sound, entry.default_pair) or (None, None)
+    gemm1, gemm2 = _without(entry.gemm1, quarantined, first), _without(entry.gemm2, quarantined, second)
+    if gemm1 is None or gemm2 is None:
         return None
-    tactic = choice.default_tactic if choice.default_tactic in sound else min(sound, key=lambda name: sound[name])
+    return msgspec.structs.replace(entry, gemm1=gemm1, gemm2=gemm2, layer=entry.layer if sound else ())
+
+
+def _without(choice: GemmChoice, quarantined: Mapping[str, str], instead: str | None) -> GemmChoice | None:
+    """The choice of `instead`, or where that is None of what is left; None where nothing is."""
+    if choice.tactic not in quarantined:
+        return choice if instead is None else msgspec.structs.replace(choice, tactic=instead)
+    sound = {tactic: timing.us for tactic, timing in choice.timings.items() if tactic not in quarantined}
+    tactic = instead or _next(sound, choice.default_tactic)
+    if tactic is None:
+        return None
     faulted = {name: reason for name, reason in quarantined.items() if name in choice.timings}
     return msgspec.structs.replace(choice, tactic=tactic, rejected=choice.rejected | faulted)
+
+
+def _next(us: Mapping[T, float], default: T) -> T | None:
+    """The default where it is left, else the fastest: without the rounds no other can be said to beat it."""
+    return default if default in us else min(us, key=lambda name: us[name], default=None)

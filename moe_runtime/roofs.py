@@ -1,0 +1,23 @@
+"""What a GPU was measured to reach at best, by its name: for cost model, explanations, reports and benchmarks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Roofs:
+    """Rates of one GPU, from benchmarks/results, which an installed package does not carry.
+
+    read_tbps: TB/s of a kernel that only reads memory. l2_tbps, block_scaled_tflops: the most that any variant reached
+    where L2, or the tensor cores under block scales, were its limit. dense_tflops: cuBLAS' dense FP8 GEMM, without
+    block scales.
+    """
+
+    read_tbps: float
+    l2_tbps: float
+    block_scaled_tflops: float
+    dense_tflops: float
+
+
+ROOFS = {"NVIDIA H200": Roofs(read_tbps=4.45, l2_tbps=9.6, block_scaled_tflops=1200.0, dense_tflops=1514.4)}
