@@ -64,9 +64,9 @@ class CustomBuildHook(BuildHookInterface):
         toolchain = find_toolchain()
 
         from codegen.build import build, write_manifest
-        from codegen.catalogue import select
+        from codegen.catalogue import default_entries
 
         out = Path(self.root) / "generated"
-        builds = [build(arch, select(arch.name), out, toolchain=toolchain) for arch in archs]
+        builds = [build(arch, default_entries(arch.name), out, toolchain=toolchain) for arch in archs]
         write_manifest(self._manifest, {done.arch.name: done.record() for done in builds})
         return [done.library for done in builds if done.library]

@@ -2,9 +2,11 @@
 
     python -m benchmarks.gemm --json FILE
 
-Both GEMMs of DeepSeek-R1 on 8 ranks and Qwen3-235B on 2, balanced rows, CUDA graphs. All variants race interleaved;
-then the three fastest are timed again one by one after a rest, because under sustained load the card's power limit
-slows large GEMMs by up to 15 %, and neither the reference points nor a layer keep it under such load.
+Both GEMMs of DeepSeek-R1 on 8 ranks and Qwen3-235B on 2, balanced rows, CUDA graphs: the kernel alone, of which those
+named swiglu do the activation as well. Races whatever the library holds (`python -m codegen build --yardsticks` adds
+CUTLASS' collectives), interleaved; then the three fastest are timed again one by one after a rest, because under
+sustained load the card's power limit slows large GEMMs by up to 15 %, and neither the reference points nor a layer keep
+it under such load.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from benchmarks.common import (
     write_json,
 )
 from moe_runtime.executors.base import GEMMS, GemmTrial
+from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.weights import random_weights
 from moe_runtime.workload import make_workload
 
@@ -65,8 +68,9 @@ def main(json: Annotated[Path | None, typer.Option()] = None, rows: str = "", re
             for m in chosen_rows:
                 workload = make_workload(shape.config, shape.parallel, m * groups // shape.config.top_k, "balanced")
                 assert set(workload.rows_per_expert.tolist()) == {m}
-                trial = executor.gemm_trial(shape, weights, workload, gemm, seed=0)
-                samples = trial.time(executor.tactics(shape, gemm), repeats)
+                trial = CudaGemmTrial(executor, shape, weights, workload, gemm, seed=0, alone=True)
+                names = [n for n in executor.tactics(shape, gemm) if executor.can_implement(shape, gemm, n) is None]
+                samples = trial.time(names, repeats)
                 times = {name: round(statistics.median(values), 2) for name, values in samples.items()}
                 rested = _rested(trial, sorted(times, key=times.__getitem__)[:FINALISTS])
                 best = min(rested, key=rested.__getitem__)

@@ -50,26 +50,33 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
     inputs = LayerInputs(x, routing_logits=logits)
     output = torch.empty_like(x)
     workspace = torch.empty(executor.workspace_bytes(problem, 8), dtype=torch.uint8, device="cuda")
-    name = executor.default_tactic(problem, "gemm1", 8)
-    args = executor.arguments(problem, weights, inputs, (name, name), output, workspace)
+    tactics = (executor.default_tactic(problem, "gemm1", 8), executor.default_tactic(problem, "gemm2", 8))
+    args = executor.arguments(problem, weights, inputs, tactics, output, workspace)
+
+    def allocate() -> None:
+        torch.empty(8, 512, dtype=torch.bfloat16, device=x.device)
+        torch.empty(workspace.nbytes, dtype=torch.uint8, device=x.device)
 
     def stages(which: Stage) -> float:
         return host_us(lambda: executor.launch(args, which))
 
-    tactics, given = (name, name), (output, workspace)
+    given = (output, workspace)
     ids, topk_weights = torch.zeros(8, 4, dtype=torch.int32, device="cuda"), torch.ones(8, 4, device="cuda")
     empty_call = stages(Stage(0))
     parts = {
         "layer(x, logits): the whole call": host_us(lambda: layer(x, logits)),
         "layer(x, topk_ids=..., topk_weights=...)": host_us(lambda: layer(x, topk_ids=ids, topk_weights=topk_weights)),
+        "checks of x and logits": host_us(lambda: inputs.check(problem, x.device)),
+        "allocation of output and workspace": host_us(allocate),
         "executor.run, output and workspace given": host_us(
             lambda: executor.run(problem, weights, inputs, tactics, *given)
         ),
         "arguments of the native call": host_us(lambda: executor.arguments(problem, weights, inputs, tactics, *given)),
         "native call that launches nothing": empty_call,
-        "seven kernel launches": stages(LAYER | Stage.ROUTE) - empty_call,
-        "of them a collective": stages(Stage.GEMM1) - empty_call,
-        "of them a small kernel": stages(Stage.PERMUTE) - empty_call,
+        "all kernel launches": stages(LAYER | Stage.ROUTE) - empty_call,
+        "of them a GEMM": stages(Stage.GEMM1) - empty_call,
+        "of them permute and gather": stages(Stage.PERMUTE | Stage.GATHER) - empty_call,
+        "of them combine": stages(Stage.COMBINE) - empty_call,
     }
     table = Table("part of an eager call", "us")
     for part, us in parts.items():

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from .arch import ARCHES, ARCHS_VARIABLE, Arch, find_arch, wanted_archs
 from .build import build as build_arch
-from .catalogue import Entry, markdown, select
+from .catalogue import Entry, default_entries, markdown, select
 from .emit import emit as emit_arch
 from .errors import BuildError
 from .files import cache_folder, generated_folder, write_if_different
@@ -25,6 +25,9 @@ ArchsOption = Annotated[
 ]
 OnlyOption = Annotated[
     str | None, typer.Option(help="Only variants whose name contains this glob pattern; the library holds no others.")
+]
+YardsticksOption = Annotated[
+    bool, typer.Option("--yardsticks", help="Also CUTLASS' collectives that ours are compared with: minutes more.")
 ]
 JobsOption = Annotated[
     int | None, typer.Option("-j", "--jobs", min=1, help="Compiles at once; memory (4 GB each) may allow fewer.")
@@ -73,6 +76,7 @@ def emit(out: OutOption = None) -> None:
 def build(
     arch: ArchsOption = None,
     only: OnlyOption = None,
+    yardsticks: YardsticksOption = False,
     jobs: JobsOption = None,
     out: OutOption = None,
 ) -> None:
@@ -84,7 +88,9 @@ def build(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for target in archs:
-            result = build_arch(target, _selected(target.name, only=only), folder, jobs=jobs, console=console)
+            chosen = only or yardsticks
+            entries = _selected(target.name, only=only) if chosen else default_entries(target.name)
+            result = build_arch(target, entries, folder, jobs=jobs, console=console)
             made = result.library or "compiled; this arch is not linked"
             console.print(f"{target.name}: {made}", soft_wrap=True, highlight=False)
     except KeyboardInterrupt:

@@ -81,6 +81,7 @@ class LibraryVariant(ctypes.Structure):
         *((field, ctypes.c_int32) for field in ("stages", "shared_memory_bytes", "threads")),
         ("run", ctypes.c_void_p),
         ("check_abi", ctypes.CFUNCTYPE(ctypes.c_int32)),
+        ("swiglu", ctypes.c_int32),
     ]
 
 

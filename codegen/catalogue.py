@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .cutlass import KernelScheduleType as Kernel
 from .errors import BuildError
@@ -23,11 +23,15 @@ PRODUCER_SPILLS = "CUTLASS' producer warps keep 48 registers: some words go to m
 
 @dataclass(frozen=True)
 class Entry:
-    """A variant, the reason it exists, and the reason its register spills are accepted where they are."""
+    """A variant, the reason it exists, and the reason its register spills are accepted where they are.
+
+    `yardstick`: it is fastest nowhere, and kept to compare with; a library holds it only where that is asked for.
+    """
 
     variant: Variant
     why: str
     allow_spill: str | None = None
+    yardstick: bool = False
 
 
 def entry(
@@ -39,19 +43,32 @@ def entry(
     *,
     cluster: tuple[int, int] = (1, 1),
     swap_ab: bool = False,
+    family: Literal["collective", "direct"] = "collective",
+    swiglu: bool = False,
     allow_spill: str | None = None,
+    yardstick: bool = False,
 ) -> Entry:
     epilogue = SCHEDULES[arch, format][schedule]
-    variant = Variant(arch, format, Shape(*tile), schedule, epilogue, Shape(*cluster, 1), swap_ab)
-    return Entry(variant, why, allow_spill)
+    variant = Variant(
+        arch, format, Shape(*tile), schedule, epilogue, Shape(*cluster, 1), swap_ab, family=family, swiglu=swiglu
+    )
+    return Entry(variant, why, allow_spill, yardstick)
 
 
 def sm90(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
     return entry("sm_90a", "fp8_block", (*tile, 128), schedule, why, **options)
 
 
-def sm90_swapped(tile: tuple[int, int], schedule: Kernel, why: str) -> Entry:
-    return sm90(tile, schedule, why, swap_ab=True)
+def collective(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
+    return sm90(tile, schedule, why, yardstick=True, **options)
+
+
+def collective_swapped(tile: tuple[int, int], schedule: Kernel, why: str) -> Entry:
+    return collective(tile, schedule, why, swap_ab=True)
+
+
+def direct(tile: tuple[int, int], why: str, **options: Any) -> Entry:
+    return sm90(tile, COOPERATIVE, why, family="direct", **options)
 
 
 def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
@@ -59,20 +76,35 @@ def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> 
 
 
 CATALOGUE: tuple[Entry, ...] = (
-    sm90((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
-    sm90((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),
-    sm90((128, 128), COOPERATIVE, "two token tiles share one load of the weights: well over 256 rows", cluster=(2, 1)),
-    sm90((64, 128), PINGPONG, "epilogue of one tile under the mainloop of the next; half the padding of 128 rows"),
-    sm90_swapped((128, 8), COOPERATIVE, "up to 8 rows per expert: decode with many experts"),
-    sm90_swapped((128, 16), COOPERATIVE, "up to 16 rows per expert"),
-    sm90_swapped((128, 32), COOPERATIVE, "up to 32 rows per expert"),
-    sm90_swapped((128, 64), COOPERATIVE, "up to 64 rows per expert"),
-    sm90_swapped((128, 96), COOPERATIVE, "65 to 96 rows in one tile: the widest swapped tile without spills"),
-    sm90_swapped((128, 16), PINGPONG, "16 rows: hides the epilogue where K is short"),
-    sm90_swapped((128, 32), PINGPONG, "32 rows: hides the epilogue where K is short"),
-    sm90_swapped((128, 64), PINGPONG, "64 rows: hides the epilogue where K is short"),
-    sm90_swapped((256, 32), COOPERATIVE, "32 rows with half as many tiles: wide weights, fewer tensormap changes"),
-    sm90_swapped((256, 64), COOPERATIVE, "64 rows with half as many tiles: wide weights, fewer tensormap changes"),
+    direct((128, 128), "many rows per expert; two weight tiles share one load of the tokens", cluster=(1, 2)),
+    direct((128, 128), "many rows per expert, where the weights' tiles are odd in number"),
+    direct((128, 256), "gate_up of many rows per expert; two tiles share the tokens", cluster=(1, 2), swiglu=True),
+    direct((128, 256), "gate_up of many rows per expert, where the tiles are odd in number", swiglu=True),
+    *(direct((128, n), f"up to {n} rows per expert", swap_ab=True) for n in (8, 16, 32, 64)),
+    *(direct((256, n), f"up to {n} rows per expert, half as many tiles", swap_ab=True) for n in (8, 16, 32)),
+    *(direct((256, n), f"gate_up of up to {n} rows per expert", swap_ab=True, swiglu=True) for n in (8, 16, 32)),
+    collective((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
+    collective((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),
+    collective(
+        (128, 128), COOPERATIVE, "two token tiles share one load of the weights: well over 256 rows", cluster=(2, 1)
+    ),
+    collective(
+        (64, 128), PINGPONG, "epilogue of one tile under the mainloop of the next; half the padding of 128 rows"
+    ),
+    collective_swapped((128, 8), COOPERATIVE, "up to 8 rows per expert: decode with many experts"),
+    collective_swapped((128, 16), COOPERATIVE, "up to 16 rows per expert"),
+    collective_swapped((128, 32), COOPERATIVE, "up to 32 rows per expert"),
+    collective_swapped((128, 64), COOPERATIVE, "up to 64 rows per expert"),
+    collective_swapped((128, 96), COOPERATIVE, "65 to 96 rows in one tile: the widest swapped tile without spills"),
+    collective_swapped((128, 16), PINGPONG, "16 rows: hides the epilogue where K is short"),
+    collective_swapped((128, 32), PINGPONG, "32 rows: hides the epilogue where K is short"),
+    collective_swapped((128, 64), PINGPONG, "64 rows: hides the epilogue where K is short"),
+    collective_swapped(
+        (256, 32), COOPERATIVE, "32 rows with half as many tiles: wide weights, fewer tensormap changes"
+    ),
+    collective_swapped(
+        (256, 64), COOPERATIVE, "64 rows with half as many tiles: wide weights, fewer tensormap changes"
+    ),
     sm100((128, 128), ONE_SM, "many rows per expert, where tiles are too few for pairs of thread blocks"),
     sm100((128, 64), ONE_SM, "up to 64 rows per expert", swap_ab=True),
     sm100((128, 32), ONE_SM, "up to 32 rows per expert: decode", swap_ab=True, allow_spill=PRODUCER_SPILLS),
@@ -98,6 +130,11 @@ def select(arch: str | None = None, format: str | None = None, only: str | None 
     )
 
 
+def default_entries(arch: str) -> tuple[Entry, ...]:
+    """What a library of the arch holds unless other variants are asked for."""
+    return tuple(entry for entry in select(arch) if not entry.yardstick)
+
+
 def validate(entries: Sequence[Entry]) -> None:
     """Raise BuildError when an entry breaks a rule or two entries share a name."""
     problems = [f"{entry.variant.name}: {reason}" for entry in entries for reason in check(entry.variant)]
@@ -114,6 +151,7 @@ def markdown(entries: Sequence[Entry] = CATALOGUE) -> str:
         "",
         "Rendered from `codegen/catalogue.py` by `python -m codegen emit`; do not edit. A tile is M x N x K.",
         "Swapped: the weights are operand A and the tokens operand B, so that few tokens make a small N tile.",
+        "Yardsticks are fastest nowhere on an H200; they are kept to compare with, and built with `--yardsticks`.",
     ]
     for arch, format in dict.fromkeys((entry.variant.arch, entry.variant.format) for entry in entries):
         compile_only = "" if select(arch)[0].variant.target.links else " (generated and compiled, not linked)"
@@ -123,6 +161,7 @@ def markdown(entries: Sequence[Entry] = CATALOGUE) -> str:
             v = e.variant
             if (v.arch, v.format) == (arch, format):
                 spill = f"; spills accepted: {e.allow_spill}" if e.allow_spill else ""
+                spill += "; yardstick" if e.yardstick else ""
                 swapped = "yes" if v.swap_ab else ""
                 lines.append(f"| `{v.name}` | {v.tile} | {v.cluster} | {swapped} | {e.why}{spill} |")
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ class Unit:
     """One source that nvcc compiles to one object."""
 
     name: str
-    kind: Literal["collective", "op", "registry"]
+    kind: Literal["collective", "direct", "op", "registry"]
     source: Path
     format: str | None = None
     allow_spill: str | None = None
@@ -83,7 +83,7 @@ def emit(arch: Arch, entries: Sequence[Entry], out: Path) -> Emission:
     units = []
     for entry in entries:
         v = entry.variant
-        units.append(Unit(v.name, "collective", folder / f"{v.name}.cu", v.format, entry.allow_spill))
+        units.append(Unit(v.name, v.family, folder / f"{v.name}.cu", v.format, entry.allow_spill))
     units += [Unit(path.stem, "op", path) for path in sorted((TEMPLATES / "ops").glob("*.cu"))]
     if arch.links:
         units.append(Unit("registry", "registry", folder / "registry.cu"))

@@ -71,15 +71,14 @@ def nvfp4_k_tile(v: Variant) -> str | None:
 
 
 def weight_tile_is_whole_scale_blocks(v: Variant) -> str | None:
-    weight_tile = v.tile.m if v.swap_ab else v.tile.n
-    if v.format == "fp8_block" and weight_tile % SCALE_BLOCK:
-        return f"the weights' scale block of {SCALE_BLOCK} must divide their tile ({weight_tile}): static_assert"
+    if v.format == "fp8_block" and v.weight_tile % SCALE_BLOCK:
+        return f"the weights' scale block of {SCALE_BLOCK} must divide their tile ({v.weight_tile}): static_assert"
     return None
 
 
 def unswapped_weight_tile_is_one_scale_block(v: Variant) -> str | None:
-    if is_sm90(v) and not v.swap_ab and v.tile.n != SCALE_BLOCK:
-        return f"with a token scale per row, a tile takes one weight scale: n is {SCALE_BLOCK}, not {v.tile.n}"
+    if is_sm90(v) and not v.swap_ab and v.instruction_n != SCALE_BLOCK:
+        return f"with a token scale per row, a tile takes one weight scale: n is {SCALE_BLOCK}, not {v.instruction_n}"
     return None
 
 
@@ -92,7 +91,7 @@ def warpgroups_divide_m(v: Variant) -> str | None:
 
 def accumulators_fit_registers(v: Variant) -> str | None:
     threads = 256 if v.schedule in COOPERATIVE else 128
-    accumulators = v.tile.m * v.tile.n // threads
+    accumulators = v.tile.m * v.instruction_n // threads
     if is_sm90(v) and accumulators > MAX_ACCUMULATORS:
         return (
             f"{v.tile.m}x{v.tile.n} over {threads} threads needs {accumulators} accumulators a thread, twice for the "
@@ -108,7 +107,7 @@ def token_tile_fits_the_epilogue(v: Variant) -> str | None:
 
 
 def token_scales_are_masked(v: Variant) -> str | None:
-    if is_sm90(v) and v.token_tile > 32 and v.token_tile % 32:
+    if is_sm90(v) and v.family == "collective" and v.token_tile > 32 and v.token_tile % 32:
         return (
             f"32 threads load a tile's token scales and only the first pass is masked: with {v.token_tile} tokens the "
             "last pass overwrites the next stage's scales (compiles, and gives wrong results)"
@@ -161,6 +160,32 @@ def sm120_has_no_cluster(v: Variant) -> str | None:
     return None
 
 
+def direct_is_sm90_fp8_block(v: Variant) -> str | None:
+    if v.family == "direct" and ((v.arch, v.format) != ("sm_90a", "fp8_block") or v.schedule not in COOPERATIVE):
+        return f"direct kernels are cooperative, of fp8_block on sm_90a; not {v.schedule.name}, {v.format}, {v.arch}"
+    return None
+
+
+def direct_unswapped_tile(v: Variant) -> str | None:
+    if v.family == "direct" and not v.swap_ab and (v.tile.m, v.instruction_n) != (128, 128):
+        return f"the direct mainloop with tokens as operand A is written for 128x128, not {v.tile.m}x{v.instruction_n}"
+    return None
+
+
+def direct_cluster_shares_tokens(v: Variant) -> str | None:
+    if v.family == "direct" and (v.token_cluster > 1 or (v.swap_ab and v.cluster.m > 1)):
+        return f"blocks of a direct cluster share tokens of an unswapped tile: 1x1x1 or 1x2x1, not {v.cluster}"
+    return None
+
+
+def swiglu_has_whole_scale_blocks(v: Variant) -> str | None:
+    if v.swiglu and v.family != "direct":
+        return "CUTLASS' collectives have no epilogue that quantises: SwiGLU needs the direct family"
+    if v.swiglu and v.weight_tile != 2 * SCALE_BLOCK:
+        return f"a tile holds one block of {SCALE_BLOCK} activations, so {2 * SCALE_BLOCK} weights: not {v.weight_tile}"
+    return None
+
+
 RULES: tuple[Rule, ...] = (
     schedule_belongs_to_format,
     epilogue_matches_schedule,
@@ -179,6 +204,10 @@ RULES: tuple[Rule, ...] = (
     sm100_nvfp4_columns,
     sm120_whole_scale_atoms,
     sm120_has_no_cluster,
+    direct_is_sm90_fp8_block,
+    direct_unswapped_tile,
+    direct_cluster_shares_tokens,
+    swiglu_has_whole_scale_blocks,
 )
 
 

@@ -43,7 +43,11 @@ class Tags:
 
 @dataclass(frozen=True)
 class Variant:
-    """One grouped GEMM kernel. `swap_ab`: the weights are operand A, so the token tile is `tile.n`."""
+    """One grouped GEMM kernel. `swap_ab`: the weights are operand A, so the token tile is `tile.n`.
+
+    `family`: one of CUTLASS' collectives, or a kernel of our own (templates/direct). `swiglu`: the epilogue applies the
+    activation and quantises, so the kernel serves as GEMM1 only and its weight tile counts rows of gate and up alike.
+    """
 
     arch: str
     format: str
@@ -52,14 +56,17 @@ class Variant:
     epilogue_schedule: EpilogueScheduleType
     cluster: Shape = Shape(1, 1, 1)
     swap_ab: bool = False
-    family: Literal["collective"] = "collective"
+    family: Literal["collective", "direct"] = "collective"
     stages: Literal["auto"] = "auto"
+    swiglu: bool = False
 
     @property
     def name(self) -> str:
         """A C identifier derived from the fields: file name, symbol and identity everywhere."""
-        parts = (self.arch.replace("_", ""), self.format, str(self.tile), str(self.cluster))
-        return "_".join(parts) + KernelScheduleSuffixes[self.schedule] + ("_swap_ab" if self.swap_ab else "")
+        family = () if self.family == "collective" else (self.family,)
+        parts = (self.arch.replace("_", ""), self.format, *family, str(self.tile), str(self.cluster))
+        options = ("_swap_ab" if self.swap_ab else "") + ("_swiglu" if self.swiglu else "")
+        return "_".join(parts) + KernelScheduleSuffixes[self.schedule] + options
 
     @property
     def target(self) -> Arch:
@@ -85,6 +92,15 @@ class Variant:
         return self.tile.n if self.swap_ab else self.tile.m
 
     @property
+    def weight_tile(self) -> int:
+        return self.tile.m if self.swap_ab else self.tile.n
+
+    @property
+    def instruction_n(self) -> int:
+        """Columns of a direct kernel's wgmma. Unswapped, SwiGLU takes its tile of gate and up in two passes."""
+        return self.tile.n // 2 if self.swiglu and not self.swap_ab else self.tile.n
+
+    @property
     def token_cluster(self) -> int:
         return self.cluster.n if self.swap_ab else self.cluster.m
 
@@ -99,5 +115,6 @@ class Variant:
             "cluster": [self.cluster.m, self.cluster.n, self.cluster.k],
             "schedule": self.schedule.name,
             "swap_ab": self.swap_ab,
+            "swiglu": self.swiglu,
             "stages": self.stages,
         }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import Unsupported
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -52,6 +52,7 @@ class VariantRecord(Structure):
         ("threads", c_int32),
         ("run", c_void_p),
         ("check_abi", ctypes.CFUNCTYPE(c_int32)),
+        ("swiglu", c_int32),
     ]
 
 
@@ -123,7 +124,8 @@ class KernelVariant:
     """One compiled grouped-GEMM kernel.
 
     index: its place in the library, which native calls select it by. tile: (M, N, K) and cluster: (M, N) of the GEMM
-    as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens.
+    as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens. swiglu: serves as gemm1 only, and leaves e4m3
+    activations; its weight rows count gate and up.
     """
 
     index: int
@@ -133,11 +135,18 @@ class KernelVariant:
     swap_ab: bool
     stages: int
     shared_memory_bytes: int
+    swiglu: bool
 
     @property
     def token_tile(self) -> int:
         """Tokens of one output tile: groups are padded to a multiple of it."""
         return self.tile[1] if self.swap_ab else self.tile[0]
+
+    @property
+    def weight_rows(self) -> int:
+        """Rows of weights that a cluster takes at a time, which must divide N."""
+        across = 0 if self.swap_ab else 1
+        return self.tile[across] * self.cluster[across]
 
 
 class KernelLibrary:
@@ -160,8 +169,8 @@ class KernelLibrary:
         handle.moe_error_string.argtypes = [c_int32]
         self.layer = handle.moe_fp8_block_layer
         self.layer.restype = c_int32
-        # An address: building a typed pointer on every call would cost more than the call itself.
-        self.layer.argtypes = [c_void_p]
+        # Takes the struct itself, whose address ctypes passes on: with byref() the call would take twice as long.
+        self.layer.argtypes = [POINTER(LayerArguments)]
         self._workspace = handle.moe_fp8_block_workspace
         self._workspace.argtypes = [POINTER(LayerArguments), POINTER(WorkspaceLayout)]
         self._handle = handle
@@ -184,6 +193,7 @@ class KernelLibrary:
                     bool(record.swap_ab),
                     record.stages,
                     record.shared_memory_bytes,
+                    bool(record.swiglu),
                 )
             )
         return variants

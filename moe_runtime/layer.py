@@ -10,7 +10,7 @@ from torch import Tensor
 from .config import MoEConfig
 from .executors import get_executor
 from .executors.base import LayerInputs, MoEProblem
-from .ops import plan_table, run_layer
+from .ops import LayerCalls, plan_table
 from .parallel import Parallel
 from .weights import FP8BlockWeights
 
@@ -38,7 +38,8 @@ class FusedMoE:
         self.executor = get_executor(weights.device)
         if plan is not None:
             plan.require(self.problem, self.executor.device_name, self.executor.library_hash)
-        self._plan_table = plan_table(plan)
+        table = plan_table(plan)
+        self._calls = LayerCalls(self.executor, self.problem, table)
         self._op_arguments = (
             weights.gate_up,
             weights.gate_up_scale,
@@ -54,7 +55,7 @@ class FusedMoE:
             config.clamp_limit,
             str(parallel),
             parallel.rank,
-            *self._plan_table,
+            *map(list, table),
         )
 
     def __call__(
@@ -89,7 +90,7 @@ class FusedMoE:
             )
             return result if output is None else output.copy_(result)
         inputs = LayerInputs(x, hidden_states_scale, router_logits, routing_bias, topk_ids, topk_weights)
-        return run_layer(self.executor, self.problem, self.weights, inputs, self._plan_table, output, workspace)
+        return self._calls.run(self.weights, inputs, output, workspace)
 
     def workspace_bytes(self, num_tokens: int) -> int:
         """Bytes of workspace that a call with num_tokens tokens needs, at a 256-byte aligned address."""

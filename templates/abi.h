@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 1
+#define MOE_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -56,8 +56,23 @@ typedef struct MoeGroupMetadata {
   MoeScaleLayout* weight_scale_layout; // [L]
 } MoeGroupMetadata;
 
+// The same operands as whole arrays, which is all that a direct kernel needs.
+typedef struct MoeGemmOperands {
+  void const* tokens;        // e4m3 [max_rows, k], grouped by local expert
+  float const* token_scales; // [max_rows, k/128]
+  void const* weights;       // e4m3 [L, n, k]
+  float const* weight_scales;// [L, n/128, k/128]
+  int32_t const* expert_offsets; // [L + 1], first row of each group
+  void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, e4m3 [max_rows, n/2]
+  float* output_scales;      // [max_rows, n/2/128] with SwiGLU
+  int64_t max_rows;
+  int32_t gate_first;        // as in MoeFp8BlockLayer
+  float clamp_limit;
+} MoeGemmOperands;
+
 typedef struct MoeGroupedGemm {
   int32_t num_groups, n, k, sm_count;
+  MoeGemmOperands operands;
   MoeGroupMetadata metadata;
   void* workspace; // at least MOE_GEMM_WORKSPACE_BYTES(sm_count)
   void* stream;
@@ -71,6 +86,7 @@ typedef struct MoeVariant {
   int32_t tile_m, tile_n, tile_k, cluster_m, cluster_n, swap_ab, stages, shared_memory_bytes, threads;
   int32_t (*run)(MoeGroupedGemm const*);
   int32_t (*check_abi)(void); // 0 if MoeScaleLayout and the strides match CuTe's types; host only
+  int32_t swiglu; // 1: GEMM1 only, with the activation in its epilogue; the layer then skips MOE_STAGE_ACTIVATION
 } MoeVariant;
 
 typedef struct MoeFp8BlockLayer {

@@ -43,6 +43,9 @@ class FaultyTrial:
     def reference(self) -> tuple[Tensor, Tensor]:
         return self.trial.reference()
 
+    def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
+        return self.trial.error(tactic, rows, expected)
+
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
         assert not set(tactics) & set(FAULTS), "a faulty tactic was timed"
         return self.trial.time(tactics, repeats)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -177,6 +178,25 @@ def test_trial_without_rows() -> None:
     index, expected = trial.reference()
     assert len(index) == 0 and expected.shape == (0, 256)
     assert all(trial.run(tactic).shape == (0, 256) for tactic in TACTICS)
+
+
+def test_layer_trial_times_pairs_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor, workload = CpuExecutor(), make_workload(CONFIG, PROBLEM.parallel, 5, "random", 0, "alltoall")
+    ran: list[tuple[tuple[str, str], LayerInputs, torch.Tensor]] = []
+    run = executor.run
+
+    def watched(problem: MoEProblem, weights: FP8BlockWeights, inputs: LayerInputs, *rest: Any) -> None:
+        run(problem, weights, inputs, *rest)
+        ran.append((rest[0], inputs, rest[1]))
+
+    monkeypatch.setattr(executor, "run", watched)
+    pairs = [("padded_batch", "grouped_mm"), ("per_expert_loop", "per_expert_loop")]
+    times = executor.layer_trial(PROBLEM, WEIGHTS, workload, seed=0).time(pairs, 2)
+    assert [pair for pair, *_ in ran] == pairs * 3
+    assert {pair: len(us) for pair, us in times.items()} == {pair: 2 for pair in pairs}
+    _, inputs, output = ran[0]
+    assert inputs.topk_ids is not None and inputs.topk_ids.equal(workload.topk_ids)
+    assert output.shape == (workload.num_rows, CONFIG.hidden_size) and output.isfinite().all() and output.any()
 
 
 def test_time_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:

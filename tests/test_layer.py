@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -223,43 +225,101 @@ X = tokens(RENORMALISE, 4)
 LOGITS = logits(RENORMALISE, 4)
 
 
-@pytest.mark.parametrize(
-    ("argument", "call"),
-    [
-        ("hidden_states", {"x": X.float()}),
-        ("hidden_states", {"x": X.half()}),
-        ("hidden_states", {"x": X[0]}),
-        ("hidden_states", {"x": X[:, :128]}),
-        ("hidden_states", {"x": torch.zeros(256, 4, dtype=torch.bfloat16).T}),
-        ("hidden_states", {"x": X.to("meta"), "router_logits": LOGITS.to("meta")}),
-        ("hidden_states", {"x": X, "hidden_states_scale": torch.ones(4, 2)}),
-        ("hidden_states", {"x": quantise_rows(X)[0]}),
-        ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(2, 4)}),
-        ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(4, 2).half()}),
-        ("routing_logits", {"router_logits": LOGITS[:3]}),
-        ("routing_logits", {"router_logits": LOGITS.double()}),
-        ("routing_logits", {"router_logits": LOGITS.to("meta")}),
-        ("routing_logits", {"router_logits": torch.zeros(8, 4).T}),
-        ("routing_bias", {"routing_bias": torch.zeros(8)}),
-        ("topk_ids", {"topk_ids": IDS, "topk_weights": TOPK_WEIGHTS}),
-        ("topk_ids", {"router_logits": None}),
-        ("topk_ids", {"router_logits": None, "topk_weights": TOPK_WEIGHTS}),
-        ("topk_weights", {"router_logits": None, "topk_ids": IDS}),
-        ("topk_ids", {"router_logits": None, "topk_ids": IDS.long(), "topk_weights": TOPK_WEIGHTS}),
-        ("topk_ids", {"router_logits": None, "topk_ids": IDS[:, :1], "topk_weights": TOPK_WEIGHTS}),
-        ("topk_ids", {"router_logits": None, "topk_ids": IDS + 8, "topk_weights": TOPK_WEIGHTS}),
-        ("topk_ids", {"router_logits": None, "topk_ids": IDS - 2, "topk_weights": TOPK_WEIGHTS}),
-        ("topk_weights", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS.bfloat16()}),
-        ("routing_bias", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS, "routing_bias": X}),
-        ("output", {"output": torch.empty(4, 256)}),
-        ("output", {"output": torch.empty(3, 256, dtype=torch.bfloat16)}),
-        ("output", {"output": torch.empty(256, 4, dtype=torch.bfloat16).T}),
-    ],
-)
+BAD_INPUTS: list[tuple[str, dict[str, Any]]] = [
+    ("hidden_states", {"x": X.float()}),
+    ("hidden_states", {"x": X.half()}),
+    ("hidden_states", {"x": X[0]}),
+    ("hidden_states", {"x": X[:, :128]}),
+    ("hidden_states", {"x": torch.zeros(256, 4, dtype=torch.bfloat16).T}),
+    ("hidden_states", {"x": X.to("meta"), "router_logits": LOGITS.to("meta")}),
+    ("hidden_states", {"x": X, "hidden_states_scale": torch.ones(4, 2)}),
+    ("hidden_states", {"x": quantise_rows(X)[0]}),
+    ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(2, 4)}),
+    ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(4, 2).half()}),
+    ("routing_logits", {"router_logits": LOGITS[:3]}),
+    ("routing_logits", {"router_logits": LOGITS.double()}),
+    ("routing_logits", {"router_logits": LOGITS.to("meta")}),
+    ("routing_logits", {"router_logits": torch.zeros(8, 4).T}),
+    ("routing_bias", {"routing_bias": torch.zeros(8)}),
+    ("topk_ids", {"topk_ids": IDS, "topk_weights": TOPK_WEIGHTS}),
+    ("topk_ids", {"router_logits": None}),
+    ("topk_ids", {"router_logits": None, "topk_weights": TOPK_WEIGHTS}),
+    ("topk_weights", {"router_logits": None, "topk_ids": IDS}),
+    ("topk_ids", {"router_logits": None, "topk_ids": IDS.long(), "topk_weights": TOPK_WEIGHTS}),
+    ("topk_ids", {"router_logits": None, "topk_ids": IDS[:, :1], "topk_weights": TOPK_WEIGHTS}),
+    ("topk_ids", {"router_logits": None, "topk_ids": IDS + 8, "topk_weights": TOPK_WEIGHTS}),
+    ("topk_ids", {"router_logits": None, "topk_ids": IDS - 2, "topk_weights": TOPK_WEIGHTS}),
+    ("topk_weights", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS.bfloat16()}),
+    ("routing_bias", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS, "routing_bias": X}),
+    ("output", {"output": torch.empty(4, 256)}),
+    ("output", {"output": torch.empty(3, 256, dtype=torch.bfloat16)}),
+    ("output", {"output": torch.empty(256, 4, dtype=torch.bfloat16).T}),
+    ("hidden_states", {"x": X.to("meta")}),
+    ("hidden_states", {"x": torch.zeros(4, 512, dtype=torch.bfloat16)[:, ::2]}),
+    ("hidden_states", {"x": X[:, None]}),
+    ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(4, 2, device="meta")}),
+    ("routing_logits", {"router_logits": torch.zeros(4, 16)[:, ::2]}),
+    ("topk_ids", {"router_logits": None, "topk_ids": IDS.to("meta"), "topk_weights": TOPK_WEIGHTS}),
+    (
+        "topk_ids",
+        {"router_logits": None, "topk_ids": torch.zeros(2, 4, dtype=torch.int32).T, "topk_weights": TOPK_WEIGHTS},
+    ),
+    ("topk_weights", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS.to("meta")}),
+    ("topk_weights", {"router_logits": None, "topk_ids": IDS, "topk_weights": TOPK_WEIGHTS[:3]}),
+    ("output", {"output": torch.empty(4, 256, dtype=torch.bfloat16, device="meta")}),
+]
+
+
+@pytest.mark.parametrize(("argument", "call"), BAD_INPUTS)
 def test_bad_input_names_the_argument(argument: str, call: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgument) as error:
         make_layer(RENORMALISE)(**{"x": X, "router_logits": LOGITS, **call})
     assert error.value.argument == argument
+
+
+def test_what_was_accepted_before_lets_nothing_else_through() -> None:
+    layer, (values, scale), output = make_layer(RENORMALISE), quantise_rows(X), torch.empty_like(X)
+    want = layer(X, LOGITS)
+    for argument, call in BAD_INPUTS:
+        layer(X, topk_ids=IDS, topk_weights=TOPK_WEIGHTS)
+        layer(values, LOGITS, hidden_states_scale=scale)
+        assert torch.equal(layer(X, LOGITS, output=output), want)
+        with pytest.raises(InvalidArgument) as error:
+            layer(**{"x": X, "router_logits": LOGITS, **call})
+        assert error.value.argument == argument
+
+
+@pytest.mark.parametrize(
+    ("argument", "change"),
+    [
+        ("hidden_states", lambda x, _: x.t_()),
+        ("hidden_states", lambda x, _: x.resize_(4, 128)),
+        ("hidden_states", lambda x, _: x.set_(torch.zeros(4, 512, dtype=torch.bfloat16)[:, ::2])),
+        ("hidden_states", lambda x, _: setattr(x, "data", x.float())),
+        ("routing_logits", lambda x, _: x.resize_(3, 256)),
+        ("routing_logits", lambda _, y: y.resize_(5, 8)),
+        ("routing_logits", lambda _, y: setattr(y, "data", y.double())),
+    ],
+)
+def test_an_accepted_tensor_that_changes_is_looked_at_again(
+    argument: str, change: Callable[[Tensor, Tensor], object]
+) -> None:
+    layer, x, router_logits = make_layer(RENORMALISE), X.clone(), LOGITS.clone()
+    layer(x, router_logits)
+    change(x, router_logits)
+    with pytest.raises(InvalidArgument) as error:
+        layer(x, router_logits)
+    assert error.value.argument == argument
+
+
+def test_threads_share_a_layer() -> None:
+    layer = make_layer(RENORMALISE, plan=make_plan(make_layer(RENORMALISE), buckets(64)))
+    calls = [(tokens(RENORMALISE, count, seed=count), logits(RENORMALISE, count, seed=count)) for count in range(1, 25)]
+    want = [layer(*call) for call in calls]
+    fresh = make_layer(RENORMALISE, plan=make_plan(layer, buckets(64)))
+    with ThreadPoolExecutor(2) as pool:
+        got = list(pool.map(lambda call: fresh(*call), calls * 4))
+    assert all(torch.equal(*pair) for pair in zip(got, want * 4, strict=True))
 
 
 def test_deepseek_bias_must_fit() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,11 +14,14 @@ from ..errors import InvalidArgument
 from ..parallel import Parallel
 
 if TYPE_CHECKING:
+    from ..kernels import KernelVariant
     from ..weights import FP8BlockWeights
     from ..workload import Workload
 
 Gemm = Literal["gemm1", "gemm2"]
 GEMMS: tuple[Gemm, ...] = ("gemm1", "gemm2")
+TacticPair = tuple[str, str]
+"""Tactics of (gemm1, gemm2)."""
 
 _FLOATS = (torch.bfloat16, torch.float32)
 
@@ -55,8 +58,8 @@ class MoEProblem:
         return (2 * intermediate, hidden) if gemm == "gemm1" else (hidden, intermediate)
 
 
-@dataclass(frozen=True, slots=True)
-class LayerInputs:
+# Made on every call, which takes a frozen dataclass 0.5 us and a NamedTuple 0.2.
+class LayerInputs(NamedTuple):
     """What one call of a layer reads. Either routing_logits, or topk_ids and topk_weights.
 
     hidden_states: [T, H] bf16, or e4m3 with hidden_states_scale; contiguous.
@@ -74,39 +77,49 @@ class LayerInputs:
     topk_ids: Tensor | None = None
     topk_weights: Tensor | None = None
 
-    def check(self, problem: MoEProblem) -> None:
-        """Raises InvalidArgument for a wrong dtype, shape, device or layout. Reads no tensor's values."""
-        config, x = problem.config, self.hidden_states
-        hidden, experts, k = config.hidden_size, config.num_experts, config.top_k
-        if x.ndim != 2 or x.shape[1] != hidden:
-            raise InvalidArgument("hidden_states", f"shape {list(x.shape)}", f"[num_tokens, {hidden}]")
-        tokens, device = x.shape[0], x.device
-        if self.hidden_states_scale is None:
-            if x.dtype != torch.bfloat16:
+    def check(self, problem: MoEProblem, device: torch.device) -> int:
+        """The number of tokens. Reads no tensor's values.
+
+        Raises InvalidArgument for a wrong dtype, shape or layout, or another device than the weights'.
+        """
+        # Every tensor is looked at on every call: to find shape, dtype, device and layout of two tensors in a table of
+        # what was accepted before takes 0.55 us, to compare them here 0.65.
+        config = problem.config
+        hidden = config.hidden_size
+        x, scale, logits, bias, topk_ids, topk_weights = self
+        shape = x.shape
+        if len(shape) != 2 or shape[1] != hidden:
+            raise InvalidArgument("hidden_states", f"shape {list(shape)}", f"[num_tokens, {hidden}]")
+        tokens = shape[0]
+        if scale is None:
+            if x.dtype is not torch.bfloat16:
                 accepted = "bfloat16, or float8_e4m3fn with hidden_states_scale"
                 raise InvalidArgument("hidden_states", x.dtype, accepted)
-        else:
-            if x.dtype != torch.float8_e4m3fn:
-                raise InvalidArgument("hidden_states", x.dtype, "float8_e4m3fn when hidden_states_scale is given")
-            blocks = (tokens, hidden // FP8_BLOCK)
-            check_tensor("hidden_states_scale", self.hidden_states_scale, blocks, (torch.float32,), device, False)
-        check_contiguous("hidden_states", x)
+        elif x.dtype is not torch.float8_e4m3fn:
+            raise InvalidArgument("hidden_states", x.dtype, "float8_e4m3fn when hidden_states_scale is given")
+        if not x.is_contiguous():
+            raise not_contiguous("hidden_states", x)
+        if x.device != device:
+            raise InvalidArgument("hidden_states", f"a tensor on {x.device}", f"one on {device} like the weights")
+        if scale is not None:
+            check_tensor("hidden_states_scale", scale, (tokens, hidden // FP8_BLOCK), (torch.float32,), device, False)
 
-        if self.routing_logits is not None:
-            if self.topk_ids is not None or self.topk_weights is not None:
+        if logits is not None:
+            if topk_ids is not None or topk_weights is not None:
                 raise InvalidArgument("topk_ids", "ids beside routing_logits", "either routing_logits or ready ids")
-            check_tensor("routing_logits", self.routing_logits, (tokens, experts), _FLOATS, device)
-            if self.routing_bias is not None:
-                check_tensor("routing_bias", self.routing_bias, (experts,), _FLOATS, device)
+            check_tensor("routing_logits", logits, (tokens, config.num_experts), _FLOATS, device)
+            if bias is not None:
+                check_tensor("routing_bias", bias, (config.num_experts,), _FLOATS, device)
                 check_bias_is_read(config)
-            return
-        if self.topk_ids is None or self.topk_weights is None:
-            missing = "topk_weights" if self.topk_ids is not None else "topk_ids"
+            return tokens
+        if topk_ids is None or topk_weights is None:
+            missing = "topk_weights" if topk_ids is not None else "topk_ids"
             raise InvalidArgument(missing, None, "topk_ids and topk_weights, or routing_logits")
-        if self.routing_bias is not None:
+        if bias is not None:
             raise InvalidArgument("routing_bias", "a bias beside topk_ids", "None with ready ids")
-        check_tensor("topk_ids", self.topk_ids, (tokens, k), (torch.int32,), device)
-        check_tensor("topk_weights", self.topk_weights, (tokens, k), (torch.float32,), device)
+        check_tensor("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32,), device)
+        check_tensor("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,), device)
+        return tokens
 
 
 def check_bias_is_read(config: MoEConfig) -> None:
@@ -130,28 +143,59 @@ def check_tensor(
         raise InvalidArgument(name, tensor.dtype, " or ".join(str(dtype) for dtype in dtypes))
     if tensor.device != device:
         raise InvalidArgument(name, f"a tensor on {tensor.device}", f"a tensor on {device}")
-    if contiguous:
-        check_contiguous(name, tensor)
+    if contiguous and not tensor.is_contiguous():
+        raise not_contiguous(name, tensor)
 
 
-def check_contiguous(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous():
-        raise InvalidArgument(name, f"strides {tensor.stride()}", "a contiguous tensor", "Call .contiguous() first.")
+def not_contiguous(name: str, tensor: Tensor) -> InvalidArgument:
+    return InvalidArgument(name, f"strides {tensor.stride()}", "a contiguous tensor", "Call .contiguous() first.")
+
+
+def random_inputs(problem: MoEProblem, workload: Workload, seed: int, device: torch.device) -> LayerInputs:
+    """Random rows with the workload's ids and equal weights: what a trial runs a layer on."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape, ids = (workload.num_rows, problem.config.hidden_size), workload.topk_ids.to(device)
+    return LayerInputs(
+        torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16),
+        topk_ids=ids,
+        topk_weights=torch.full(ids.shape, 1 / problem.config.top_k, device=device),
+    )
 
 
 class GemmTrial(Protocol):
     """One grouped GEMM at one workload, with fixed random inputs: what the tuner checks and times."""
 
     def run(self, tactic: str) -> Tensor:
-        """[rows, N] bf16, rows grouped by local expert. The tensor may be reused by the next call."""
+        """[rows, N] bf16, rows grouped by local expert. The tensor may be reused by the next call.
+
+        Of a gemm1 tactic that fuses the activation, what it leaves: [rows, N/2], dequantised to f32.
+        """
         ...
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """(row_index [S] int64, values [S, N] f32): the exact result of those rows, computed by no tactic."""
         ...
 
+    def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
+        """||rows - expected|| / ||expected|| for rows [S, ...] of `run` and values [S, N] of `reference`.
+
+        Of a tactic that quantises its result: what goes beyond half a unit in the last place of the quantised values.
+        """
+        ...
+
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
-        """Microseconds of each repeat by tactic; the tactics take turns within a repeat, so drift meets all alike."""
+        """Microseconds of each repeat by tactic; the tactics take turns within a repeat, so drift meets all alike.
+
+        Where some gemm1 tactics fuse the activation, the time of the others includes the activation's own kernel.
+        """
+        ...
+
+
+class LayerTrial(Protocol):
+    """A whole layer at one workload, every stage after routing, with fixed random inputs."""
+
+    def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
+        """Microseconds of each repeat by (gemm1, gemm2) tactics; the pairs take turns, as in `GemmTrial.time`."""
         ...
 
 
@@ -160,11 +204,22 @@ class Executor(Protocol):
 
     name: "cpu" or "cuda". device_name: the GPU's name, or "cpu". library_hash: of the compiled kernels, or torch's
     version. The last two go into a plan's key.
+    sm_count: the GPU's multiprocessors; 0 on a CPU.
     """
 
     name: str
     device_name: str
     library_hash: str
+    sm_count: int
+
+    @property
+    def variants(self) -> Mapping[str, KernelVariant]:
+        """What the tactics that are compiled kernels are, by name; empty where tactics are no kernels."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Memory that trials may take now; None where nothing limits it."""
+        ...
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
         """Every candidate that exists for the GEMM, those that can_implement refuses included."""
@@ -204,4 +259,8 @@ class Executor(Protocol):
         self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm, seed: int
     ) -> GemmTrial:
         """A trial with random inputs of the workload's rows per expert."""
+        ...
+
+    def layer_trial(self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int) -> LayerTrial:
+        """A trial of the layer on the workload's ids."""
         ...

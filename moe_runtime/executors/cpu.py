@@ -6,19 +6,25 @@ A GEMM's operands are dequantised to fp32, which loses nothing against scaling e
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..activation import swiglu
 from ..errors import InvalidArgument
 from ..formats import fp8_block
+from ..kernels import KernelVariant
+from ..reference import relative_error
 from ..routing import route
 from ..weights import FP8BlockWeights
 from ..workload import Workload
-from .base import Gemm, LayerInputs, MoEProblem
+from .base import Gemm, LayerInputs, MoEProblem, TacticPair, random_inputs
+
+T = TypeVar("T", bound=Hashable)
 
 # Largest padded operand that a batched tactic allocates at once; a skewed routing would otherwise need L times more.
 _PADDED_BYTES = 256 << 20
@@ -86,11 +92,16 @@ class CpuExecutor:
     name = "cpu"
     device_name = "cpu"
     library_hash = f"torch-{torch.__version__}"
+    sm_count = 0
+    variants: Mapping[str, KernelVariant] = {}
 
     def __init__(self) -> None:
         # Dequantising takes longer than the GEMMs of a small batch, so it happens once. Weak keys: the fp32 copy is
         # four times the size of the weights and must go when they go.
         self._dense = WeakTensorKeyDictionary()
+
+    def free_bytes(self) -> None:
+        """None: trials take little beside the weights."""
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
         return tuple(TACTICS)
@@ -129,7 +140,7 @@ class CpuExecutor:
         rows = fp8_block.dequantise_rows(values, scale)[slots // topk_ids.shape[1]]
 
         gate_up = self._matmul(problem, "gemm1", tactics[0], rows, counts, weights.gate_up, weights.gate_up_scale)
-        activation = _swiglu(gate_up, weights.gate_first, problem.config.clamp_limit)
+        activation = swiglu(gate_up, weights.gate_first, problem.config.clamp_limit)
         rows = fp8_block.dequantise_rows(*fp8_block.quantise_rows(activation))
         result = self._matmul(problem, "gemm2", tactics[1], rows, counts, weights.down, weights.down_scale)
         if not finalize:
@@ -148,6 +159,11 @@ class CpuExecutor:
         x = torch.randn(sum(counts), values.shape[2], generator=generator)
         rows = fp8_block.dequantise_rows(*fp8_block.quantise_rows(x))
         return CpuGemmTrial(rows, counts, values, scale, self._dequantised(values, scale))
+
+    def layer_trial(
+        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int
+    ) -> CpuLayerTrial:
+        return CpuLayerTrial(self, problem, weights, random_inputs(problem, workload, seed, torch.device("cpu")))
 
     def _topk(self, problem: MoEProblem, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
         if inputs.routing_logits is not None:
@@ -206,16 +222,40 @@ class CpuGemmTrial:
             values[mine] = (self._rows[index[mine]].double() @ weight.T).float()
         return index, values
 
+    def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
+        return relative_error(rows, expected)
+
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
-        for tactic in tactics:
-            self.run(tactic)
-        times: dict[str, list[float]] = {tactic: [] for tactic in tactics}
-        for _ in range(repeats):
-            for tactic in tactics:
-                start = time.perf_counter()
-                self.run(tactic)
-                times[tactic].append((time.perf_counter() - start) * 1e6)
-        return times
+        return _timed(self.run, tactics, repeats)
+
+
+class CpuLayerTrial:
+    """`CpuExecutor.run` on random rows; see `base.LayerTrial`."""
+
+    def __init__(
+        self, executor: CpuExecutor, problem: MoEProblem, weights: FP8BlockWeights, inputs: LayerInputs
+    ) -> None:
+        self._executor, self._problem, self._weights, self._inputs = executor, problem, weights, inputs
+        self._output = torch.empty_like(inputs.hidden_states)
+
+    def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
+        return _timed(self._run, pairs, repeats)
+
+    def _run(self, pair: TacticPair) -> None:
+        self._executor.run(self._problem, self._weights, self._inputs, pair, self._output, None)
+
+
+def _timed(run: Callable[[T], object], names: Sequence[T], repeats: int) -> dict[T, list[float]]:
+    """Microseconds of each repeat by name, in turns, after one run of each."""
+    for name in names:
+        run(name)
+    times: dict[T, list[float]] = {name: [] for name in names}
+    for _ in range(repeats):
+        for name in names:
+            start = time.perf_counter()
+            run(name)
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return times
 
 
 def _version(tensor: Tensor) -> int:
@@ -233,14 +273,6 @@ def _permute(problem: MoEProblem, topk_ids: Tensor) -> tuple[Tensor, Tensor, lis
     permuted_row = torch.full_like(topk_ids, -1)
     permuted_row.view(-1)[slots] = torch.arange(len(slots), dtype=torch.int32)
     return slots, permuted_row, counts.tolist()
-
-
-def _swiglu(gate_up: Tensor, gate_first: bool, clamp_limit: float | None) -> Tensor:
-    first, second = gate_up.float().chunk(2, dim=-1)
-    gate, up = (first, second) if gate_first else (second, first)
-    if clamp_limit is not None:
-        gate, up = gate.clamp(max=clamp_limit), up.clamp(-clamp_limit, clamp_limit)
-    return torch.nn.functional.silu(gate) * up
 
 
 def _combine(rows: Tensor, topk_weights: Tensor, permuted_row: Tensor, output: Tensor) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from ..kernels import (
 )
 from ..weights import FP8BlockWeights
 from ..workload import Workload, tokens_per_rank
-from .base import Gemm, GemmTrial, LayerInputs, MoEProblem
+from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair
 
 ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
 _TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
-_AFTER_ROUTING = Stage.PERMUTE | Stage.GATHER | Stage.GEMM1 | Stage.ACTIVATION | Stage.GEMM2
+# Plain integers: combining two flags of an enum takes 0.4 us.
+_ROUTE, _COMBINE = int(Stage.ROUTE), int(Stage.COMBINE)
+_AFTER_ROUTING = int(Stage.PERMUTE | Stage.GATHER | Stage.GEMM1 | Stage.ACTIVATION | Stage.GEMM2)
 
 
 class CudaExecutor:
@@ -46,34 +48,50 @@ class CudaExecutor:
         self.library: KernelLibrary = load_library(arch)
         self.library_hash = self.library.hash
         self._variants = self.library.variants
-        self._sm_count = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.sm_count = torch.cuda.get_device_properties(self.device).multi_processor_count
         # Looked up on every call, so each is worked out once.
-        self._template = functools.lru_cache(maxsize=256)(self._make_template)
+        self._template = functools.lru_cache(maxsize=4096)(self._make_template)
         self._default = functools.lru_cache(maxsize=4096)(self._choose_default)
         self._bytes = functools.lru_cache(maxsize=4096)(self._count_bytes)
+
+    @property
+    def variants(self) -> Mapping[str, KernelVariant]:
+        return self._variants
+
+    def free_bytes(self) -> int:
+        """What the driver has left, and what torch keeps for later."""
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """The smallest swapped cooperative token tile that holds the mean rows per expert, or 128x128 above 64 rows.
+        """The direct kernel whose smallest token tile holds the mean rows per expert; gemm1's fuses the activation.
 
-        Means hide the spread over experts, and pingpong, clusters and wide weight tiles are left to tuning.
+        Means hide the spread over experts: what else there is, is left to tuning.
         """
-        return self._default(problem, num_rows)
+        return self._default(problem, gemm, num_rows)
 
-    def _choose_default(self, problem: MoEProblem, num_rows: int) -> str:
+    def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
         config, parallel = problem.config, problem.parallel
         experts = problem.num_local_experts if parallel.use_dp else config.num_experts
         mean_rows = tokens_per_rank(num_rows, parallel) * config.top_k / experts
-        family = [variant for variant in self._variants.values() if _is_default(variant)]
-        holds = [v for v in family if v.token_tile >= mean_rows]
-        chosen = min(holds, key=_token_tile) if holds else max(family or self._variants.values(), key=_token_tile)
+        # A library built of a few variants may lack the family.
+        able = [v for v in self._variants.values() if self.can_implement(problem, gemm, v.name) is None]
+        family = [variant for variant in able if _is_default(variant, gemm)] or able
+        holds = [variant for variant in family if variant.token_tile >= mean_rows]
+        chosen = min(holds, key=_token_tile) if holds else max(family, key=_token_tile)
         return chosen.name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
             return f"no variant {tactic} in {self.library.path.name}"
+        variant, (n, _) = self._variants[tactic], problem.gemm_shape(gemm)
+        if variant.swiglu and gemm == "gemm2":
+            return "it applies the activation, which only gemm1 has"
+        if n % variant.weight_rows:
+            return f"{n} rows of weights are no multiple of the {variant.weight_rows} that it takes at a time"
         if self._layout(problem, 1) is None:
             return "the shape is outside what the kernels implement (top_k <= 32, num_experts <= 1024, n_group <= 32)"
         return None
@@ -97,14 +115,14 @@ class CudaExecutor:
         workspace: Tensor | None,
         finalize: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        num_tokens = inputs.hidden_states.shape[0]
         if workspace is None:
-            workspace = torch.empty(self.workspace_bytes(problem, num_tokens), dtype=torch.uint8, device=output.device)
+            needed = self.workspace_bytes(problem, inputs.hidden_states.shape[0])
+            workspace = torch.empty(needed, dtype=torch.uint8, device=output.device)
         stages = _AFTER_ROUTING
         if inputs.routing_logits is not None:
-            stages |= Stage.ROUTE
+            stages |= _ROUTE
         if finalize:
-            stages |= Stage.COMBINE
+            stages |= _COMBINE
         self.launch(self.arguments(problem, weights, inputs, tactics, output, workspace), stages)
         return None if finalize else self._unfinalised(problem, inputs, workspace)
 
@@ -118,20 +136,9 @@ class CudaExecutor:
         workspace: Tensor,
     ) -> LayerArguments:
         """The native call's arguments, without stages. They hold addresses, not tensors: keep those alive."""
+        x, scale, logits, bias, topk_ids, topk_weights = inputs
         # A fresh copy, because the native call runs without the interpreter's lock.
-        args = LayerArguments.from_buffer_copy(self._template(problem))
-        x, scale, logits, bias = (
-            inputs.hidden_states,
-            inputs.hidden_states_scale,
-            inputs.routing_logits,
-            inputs.routing_bias,
-        )
-        args.num_tokens = x.shape[0]
-        try:
-            args.gemm1_variant = self._variants[tactics[0]].index
-            args.gemm2_variant = self._variants[tactics[1]].index
-        except KeyError as unknown:
-            raise InvalidArgument("tactics", unknown, f"variants of {self.library.path.name}", _TUNE_AGAIN) from None
+        args = LayerArguments.from_buffer_copy(self._template(problem, x.shape[0], tactics, weights.gate_first))
         args.hidden_states = x.data_ptr()
         if scale is not None:
             args.hidden_states_dtype = DTYPE_E4M3
@@ -143,10 +150,10 @@ class CudaExecutor:
         if bias is not None:
             args.routing_bias = bias.data_ptr()
             args.routing_bias_dtype = DTYPE_F32 if bias.dtype is torch.float32 else DTYPE_BF16
-        if inputs.topk_ids is not None and inputs.topk_weights is not None:
-            args.topk_ids = inputs.topk_ids.data_ptr()
-            args.topk_weights = inputs.topk_weights.data_ptr()
-        args.gate_first = weights.gate_first
+        if topk_ids is not None and topk_weights is not None:
+            args.topk_ids = topk_ids.data_ptr()
+            args.topk_weights = topk_weights.data_ptr()
+        # Asked for on every call, 0.3 us, because torch can move a tensor to other memory behind its owner's back.
         args.gemm1_weights = weights.gate_up.data_ptr()
         args.gemm1_weights_scale = weights.gate_up_scale.data_ptr()
         args.gemm2_weights = weights.down.data_ptr()
@@ -154,7 +161,7 @@ class CudaExecutor:
         if output is not None:
             args.output = output.data_ptr()
         args.workspace = workspace.data_ptr()
-        args.workspace_bytes = workspace.numel()
+        args.workspace_bytes = workspace.nbytes
         return args
 
     def launch(self, args: LayerArguments, stages: Stage | int) -> None:
@@ -166,7 +173,7 @@ class CudaExecutor:
                 return self.launch(args, stages)
         args.stages = stages
         args.stream = torch._C._cuda_getCurrentRawStream(index)
-        code = self.library.layer(ctypes.addressof(args))
+        code = self.library.layer(args)
         if code:
             names = list(self._variants)
             used = f"{names[args.gemm1_variant]} + {names[args.gemm2_variant]}"
@@ -198,6 +205,11 @@ class CudaExecutor:
 
         return CudaGemmTrial(self, problem, weights, workload, gemm, seed)
 
+    def layer_trial(self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int) -> LayerTrial:
+        from .cuda_trial import CudaLayerTrial
+
+        return CudaLayerTrial(self, problem, weights, workload, seed)
+
     def _unfinalised(
         self, problem: MoEProblem, inputs: LayerInputs, workspace: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -209,9 +221,23 @@ class CudaExecutor:
         rows = view("gemm2_output", (tokens * k, hidden), torch.bfloat16)
         return rows, weights, view("permuted_row", (tokens, k), torch.int32)
 
-    def _make_template(self, problem: MoEProblem) -> LayerArguments:
+    def _make_template(
+        self, problem: MoEProblem, num_tokens: int, tactics: TacticPair, gate_first: bool
+    ) -> LayerArguments:
+        """What calls have in common that differ in their tensors only."""
+        args = self._shape(problem, num_tokens)
+        try:
+            args.gemm1_variant = self._variants[tactics[0]].index
+            args.gemm2_variant = self._variants[tactics[1]].index
+        except KeyError as unknown:
+            raise InvalidArgument("tactics", unknown, f"variants of {self.library.path.name}", _TUNE_AGAIN) from None
+        args.gate_first = gate_first
+        return args
+
+    def _shape(self, problem: MoEProblem, num_tokens: int) -> LayerArguments:
         config = problem.config
         return LayerArguments(
+            num_tokens=num_tokens,
             hidden_size=config.hidden_size,
             intermediate_size=problem.local_intermediate_size,
             num_experts=config.num_experts,
@@ -224,19 +250,17 @@ class CudaExecutor:
             routed_scaling_factor=config.routed_scaling_factor,
             clamp_limit=config.clamp_limit or 0.0,
             hidden_states_dtype=DTYPE_BF16,
-            sm_count=self._sm_count,
+            sm_count=self.sm_count,
         )
 
     def _layout(self, problem: MoEProblem, num_tokens: int) -> WorkspaceLayout | None:
-        args = LayerArguments.from_buffer_copy(self._template(problem))
-        args.num_tokens = num_tokens
-        return self.library.workspace_layout(args)
+        return self.library.workspace_layout(self._shape(problem, num_tokens))
 
 
-def _is_default(variant: KernelVariant) -> bool:
-    tiles = ((128, 16, True), (128, 32, True), (128, 64, True), (128, 128, False))
-    tile = (*variant.tile[:2], variant.swap_ab)
-    return tile in tiles and variant.cluster == (1, 1) and "cooperative" in variant.name
+def _is_default(variant: KernelVariant, gemm: Gemm) -> bool:
+    if gemm == "gemm1":
+        return variant.swiglu
+    return "_direct_" in variant.name and variant.weight_rows == 128
 
 
 def _token_tile(variant: KernelVariant) -> int:

@@ -1,24 +1,27 @@
-"""One grouped GEMM at one workload on a GPU: the result to check, and interleaved timing by CUDA graphs."""
+"""One grouped GEMM, or one layer, at one workload on a GPU: the result to check, and interleaved timing."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..formats.fp8_block import BLOCK, dequantise_blocks, dequantise_rows
+from ..activation import swiglu
+from ..formats.fp8_block import BLOCK, dequantise_blocks, dequantise_rows, rounding_of_rows
 from ..kernels import LayerArguments, Stage
+from ..reference import relative_error
 from ..weights import FP8BlockWeights
 from ..workload import Workload
-from .base import Gemm, LayerInputs, MoEProblem
+from .base import Gemm, MoEProblem, TacticPair, random_inputs
 
 if TYPE_CHECKING:
     from .cuda import CudaExecutor
 
-GRAPH_MICROSECONDS = 2000.0
+T = TypeVar("T", bound=Hashable)
+
+GRAPH_MICROSECONDS = 1000.0
 """Work captured in one graph: enough that the launch of the graph itself, about 8 us, is below 1 %."""
 MAX_LAUNCHES_A_GRAPH = 40
 CHECKED_EXPERTS = 6
@@ -28,9 +31,7 @@ CHECKED_ROWS_AN_EXPERT = 16
 class CudaGemmTrial:
     """Rows are random, quantised by the layer's own stages; the reference reads them back and dequantises.
 
-    Weights larger than the L2 cache are read from memory on every launch, as in a layer; tokens stay in L2, as there.
-    Where the weights of the experts with rows fit in L2, launches in a row would find them there, which a layer never
-    does, for other layers run in between. Then each launch is timed alone, after L2 was overwritten.
+    alone: times a gemm1 that fuses no activation without the activation's kernel.
     """
 
     def __init__(
@@ -41,50 +42,63 @@ class CudaGemmTrial:
         workload: Workload,
         gemm: Gemm,
         seed: int,
+        alone: bool = False,
     ) -> None:
-        self._executor, self._weights, self._workload = executor, weights, workload
-        self._stage = Stage.GEMM1 if gemm == "gemm1" else Stage.GEMM2
-        config, tokens, device = problem.config, workload.num_rows, executor.device
-        generator = torch.Generator(device).manual_seed(seed)
-        ids = workload.topk_ids.to(device)
-        self._inputs = LayerInputs(
-            torch.randn(tokens, config.hidden_size, generator=generator, device=device, dtype=torch.bfloat16),
-            topk_ids=ids,
-            topk_weights=torch.ones(ids.shape, device=device),
-        )
-        self._workspace = torch.empty(executor.workspace_bytes(problem, tokens), dtype=torch.uint8, device=device)
-        names = executor.tactics(problem, gemm)
-        self._arguments: dict[str, LayerArguments] = {
-            name: executor.arguments(problem, weights, self._inputs, (name, name), None, self._workspace)
+        self._workload, self._problem, self._variants = workload, problem, executor.variants
+        self._gate_first = weights.gate_first
+        tokens, device = workload.num_rows, executor.device
+        inputs = random_inputs(problem, workload, seed, device)
+        workspace = torch.empty(executor.workspace_bytes(problem, tokens), dtype=torch.uint8, device=device)
+        self._kept = (weights, inputs, workspace)  # of which the arguments hold addresses
+        names = [n for n in executor.tactics(problem, gemm) if executor.can_implement(problem, gemm, n) is None]
+        other = executor.default_tactic(problem, "gemm2" if gemm == "gemm1" else "gemm1", tokens)
+        arguments: dict[str, LayerArguments] = {
+            name: executor.arguments(
+                problem, weights, inputs, (name, other) if gemm == "gemm1" else (other, name), None, workspace
+            )
             for name in names
         }
         n, k = problem.gemm_shape(gemm)
-        self._rows = workload.local_slots
-        slots = tokens * config.top_k
+        rows, slots = workload.local_slots, tokens * problem.config.top_k
 
         def view(region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-            return executor.view(problem, self._workspace, tokens, region, shape, dtype)[: self._rows]
+            return executor.view(problem, workspace, tokens, region, shape, dtype)[:rows]
 
         prepare = Stage.PERMUTE | Stage.GATHER
         if gemm == "gemm1":
             self.tokens = view("rows", (slots, k), torch.float8_e4m3fn)
             self.scales = view("row_scales", (slots, k // BLOCK), torch.float32)
             self._output = view("gemm1_output", (slots, n), torch.bfloat16)
+            self._activation = view("activation", (slots, n // 2), torch.float8_e4m3fn)
+            self._activation_scales = view("activation_scales", (slots, n // 2 // BLOCK), torch.float32)
             self._expert_weights, self._expert_scales = weights.gate_up, weights.gate_up_scale
         else:
+            generator = torch.Generator(device).manual_seed(seed)
             view("gemm1_output", (slots, 2 * k), torch.bfloat16).normal_(generator=generator)
             self.tokens = view("activation", (slots, k), torch.float8_e4m3fn)
             self.scales = view("activation_scales", (slots, k // BLOCK), torch.float32)
             self._output = view("gemm2_output", (slots, n), torch.bfloat16)
             self._expert_weights, self._expert_scales = weights.down, weights.down_scale
             prepare |= Stage.ACTIVATION
-        executor.launch(self._arguments[names[0]], prepare)
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        weights_bytes = int((workload.rows_per_expert > 0).sum()) * n * k
-        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device) if weights_bytes < l2_bytes else None
+        plain = next(name for name in executor.variants if not executor.variants[name].swiglu)
+        executor.launch(executor.arguments(problem, weights, inputs, (plain, plain), None, workspace), prepare)
+        stages = Stage.GEMM1 if gemm == "gemm1" else Stage.GEMM2
+        if not alone:
+            stages |= Stage.ACTIVATION if gemm == "gemm1" else Stage(0)
+
+        def launch(tactic: str) -> None:
+            executor.launch(arguments[tactic], stages)
+
+        self._launch = launch
+        self._timer = _Timer(launch, _busy_experts(workload) * n * k, device)
 
     def run(self, tactic: str) -> Tensor:
         """Poisons the output first, so that an element left unwritten shows as NaN."""
+        if self._variants[tactic].swiglu:
+            self._activation.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
+            self._activation_scales.fill_(float("nan"))
+            self._launch(tactic)
+            return dequantise_rows(self._activation, self._activation_scales)
         self._output.fill_(float("nan"))
         self._launch(tactic)
         return self._output
@@ -107,63 +121,117 @@ class CudaGemmTrial:
             values.append(tokens @ weight.T)
         return torch.cat(index), torch.cat(values)
 
+    def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
+        if not self._variants[tactic].swiglu:
+            return relative_error(rows, expected)
+        exact = swiglu(expected, self._gate_first, self._problem.config.clamp_limit)
+        beyond = ((rows - exact).abs() - rounding_of_rows(exact)).clamp(min=0)
+        return float(beyond.norm() / exact.norm())
+
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
+        return self._timer.time(tactics, repeats)
+
+
+class CudaLayerTrial:
+    """`CudaExecutor.run` on random rows; see `base.LayerTrial`."""
+
+    def __init__(
+        self, executor: CudaExecutor, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int
+    ) -> None:
+        inputs = random_inputs(problem, workload, seed, executor.device)
+        output = torch.empty_like(inputs.hidden_states)
+        size = executor.workspace_bytes(problem, workload.num_rows)
+        workspace = torch.empty(size, dtype=torch.uint8, device=executor.device)
+
+        def launch(pair: TacticPair) -> None:
+            executor.run(problem, weights, inputs, pair, output, workspace)
+
+        hidden, inter = problem.gemm_shape("gemm2")
+        self._timer = _Timer(launch, _busy_experts(workload) * 3 * hidden * inter, executor.device)
+
+    def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
+        return self._timer.time(pairs, repeats)
+
+
+def _busy_experts(workload: Workload) -> int:
+    return int((workload.rows_per_expert > 0).sum())
+
+
+class _Timer(Generic[T]):
+    """Microseconds of launches by name, in turns.
+
+    Weights larger than the L2 cache are read from memory on every launch, as in a layer; tokens stay in L2, as there.
+    Where the weights of the experts with rows fit in L2, launches in a row would find them there, which a layer never
+    does, for other layers run in between. Then each launch is timed alone, after L2 was overwritten.
+
+    weights_bytes: that a launch reads. launch: holds no reference to who holds the timer, for such a circle would keep
+    gigabytes until the garbage collector comes by.
+    """
+
+    def __init__(self, launch: Callable[[T], object], weights_bytes: int, device: torch.device) -> None:
+        self._launch = launch
+        # Kept from heat to heat: to estimate, capture and warm up takes as long as three rounds.
+        self._graphs: dict[T, tuple[torch.cuda.CUDAGraph, int]] = {}
+        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device) if weights_bytes < l2_bytes else None
+
+    def time(self, names: Sequence[T], repeats: int) -> dict[T, list[float]]:
         if self._flush is not None:
-            return self._time_cold(tactics, repeats, self._flush)
-        graphs = {tactic: self._capture(tactic) for tactic in tactics}
-        events = {
-            tactic: [
-                (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-            ]
-            for tactic in tactics
-        }
-        for repeat in range(repeats):
-            for tactic in tactics:
-                begin, end = events[tactic][repeat]
+            return self._time_cold(names, repeats, self._flush)
+        for name in names:
+            if name not in self._graphs:
+                self._graphs[name] = self._capture(name)
+        events: dict[T, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
+        for _ in range(repeats):
+            for name in names:
+                begin, end = _events()
                 begin.record()
-                graphs[tactic][0].replay()
+                self._graphs[name][0].replay()
                 end.record()
+                events[name].append((begin, end))
         torch.cuda.synchronize()
         return {
-            tactic: [1000 * begin.elapsed_time(end) / graphs[tactic][1] for begin, end in events[tactic]]
-            for tactic in tactics
+            name: [1000 * begin.elapsed_time(end) / self._graphs[name][1] for begin, end in events[name]]
+            for name in names
         }
 
-    def _time_cold(self, tactics: Sequence[str], repeats: int, flush: Tensor) -> dict[str, list[float]]:
+    def _time_cold(self, names: Sequence[T], repeats: int, flush: Tensor) -> dict[T, list[float]]:
         """Without a graph: overwriting L2 keeps the GPU busy while the host launches, so no launch is waited for."""
-        for tactic in tactics:
-            self._launch(tactic)
-        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {tactic: [] for tactic in tactics}
+        for name in names:
+            self._launch(name)
+        events: dict[T, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in names}
         for _ in range(repeats):
-            for tactic in tactics:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            for name in names:
+                begin, end = _events()
                 flush.zero_()
                 begin.record()
-                self._launch(tactic)
+                self._launch(name)
                 end.record()
-                events[tactic].append((begin, end))
+                events[name].append((begin, end))
         torch.cuda.synchronize()
-        return {tactic: [1000 * begin.elapsed_time(end) for begin, end in events[tactic]] for tactic in tactics}
+        return {name: [1000 * begin.elapsed_time(end) for begin, end in events[name]] for name in names}
 
-    def _launch(self, tactic: str) -> None:
-        self._executor.launch(self._arguments[tactic], self._stage)
-
-    def _capture(self, tactic: str) -> tuple[torch.cuda.CUDAGraph, int]:
-        launches = max(1, min(MAX_LAUNCHES_A_GRAPH, round(GRAPH_MICROSECONDS / self._estimate(tactic))))
+    def _capture(self, name: T) -> tuple[torch.cuda.CUDAGraph, int]:
+        launches = max(1, min(MAX_LAUNCHES_A_GRAPH, round(GRAPH_MICROSECONDS / self._estimate(name))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(launches):
-                self._launch(tactic)
+                self._launch(name)
         graph.replay()
         return graph, launches
 
-    def _estimate(self, tactic: str) -> float:
+    def _estimate(self, name: T) -> float:
+        """The faster of two launches: the first may have to load the kernel."""
         samples = []
-        for _ in range(3):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        for _ in range(2):
+            begin, end = _events()
             begin.record()
-            self._launch(tactic)
+            self._launch(name)
             end.record()
             end.synchronize()
             samples.append(1000 * begin.elapsed_time(end))
-        return max(1.0, statistics.median(samples))
+        return max(1.0, min(samples))
+
+
+def _events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -46,6 +46,14 @@ def dequantise_blocks(values: Tensor, scale: Tensor, dtype: torch.dtype = torch.
     return (blocks * scale.to(dtype)[..., :, None, :, None]).flatten(-4, -3).flatten(-2)
 
 
+def rounding_of_rows(x: Tensor) -> Tensor:
+    """x [..., K] f32 -> the most by which quantise_rows moves each value: half a unit of e4m3's last place."""
+    blocks = x.unflatten(-1, (-1, BLOCK))
+    scale = _scale(blocks.abs().amax(-1)).unsqueeze(-1)
+    exponent = (blocks.abs() / scale).log2().floor().clamp(min=-6.0)  # below 2^-6 values are subnormal
+    return (scale * torch.exp2(exponent - 4)).flatten(-2)
+
+
 def _scale(amax: Tensor) -> Tensor:
     # A tensor divisor, not a number: torch divides CUDA tensors by a number as a multiplication by its reciprocal.
     return amax.clamp(min=AMAX_FLOOR) / torch.full((), E4M3_MAX, device=amax.device)

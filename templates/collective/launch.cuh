@@ -73,17 +73,17 @@ struct CollectiveLaunch {
     if (cudaError_t status = raise_shared_memory_limit()) return status;
     using Cluster = typename Mainloop::DispatchPolicy::ClusterShape;
     cudaLaunchAttribute attributes[2];
-    attributes[0].id = cudaLaunchAttributeClusterDimension;
-    attributes[0].val.clusterDim = {static_cast<unsigned>(cute::size<0>(Cluster{})), static_cast<unsigned>(cute::size<1>(Cluster{})), 1};
-    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    attributes[1].id = cudaLaunchAttributeClusterDimension;
+    attributes[1].val.clusterDim = {static_cast<unsigned>(cute::size<0>(Cluster{})), static_cast<unsigned>(cute::size<1>(Cluster{})), 1};
     cudaLaunchConfig_t config{};
     config.gridDim = Kernel::get_grid_shape(params);
     config.blockDim = Kernel::get_block_shape();
     config.dynamicSmemBytes = Kernel::SharedStorageSize;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
-    config.numAttrs = 2;
+    config.numAttrs = cute::size(Cluster{}) == 1 ? 1 : 2;
     return cudaLaunchKernelEx(&config, collective_entry<Kernel>, params);
   }
 

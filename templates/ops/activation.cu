@@ -38,13 +38,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(ActivationParams p
       load_bf16x8(source + p.up_column + 8, up + 8);
     }
 #pragma unroll
-    for (int i = 0; i < kValuesPerThread; ++i) {
-      if (p.clamp_limit > 0.0f) {
-        gate[i] = fminf(gate[i], p.clamp_limit);
-        up[i] = fminf(fmaxf(up[i], -p.clamp_limit), p.clamp_limit);
-      }
-      gate[i] = gate[i] / (1.0f + __expf(-gate[i])) * up[i];
-    }
+    for (int i = 0; i < kValuesPerThread; ++i) gate[i] = swiglu(gate[i], up[i], p.clamp_limit);
     float scale;
     uint4 const packed = quantise_block(gate, scale);
     if (!valid) continue;

@@ -79,24 +79,48 @@ bool can_implement(MoeFp8BlockLayer const& layer) {
          layer.n_group >= 1 && layer.n_group <= 32 && most_units < INT_MAX;
 }
 
-int32_t run_gemm(MoeFp8BlockLayer const& layer, int variant, MoeGroupMetadata const& metadata, int n, int k, void* workspace) {
-  if (variant < 0 || variant >= moe_variant_count()) return MOE_ERROR_BAD_VARIANT;
-  MoeGroupedGemm const gemm{layer.num_local_experts, n, k, layer.sm_count, metadata, workspace, layer.stream};
-  return moe_variant(variant)->run(&gemm);
+int64_t slots(MoeFp8BlockLayer const& layer) { return int64_t(layer.num_tokens) * layer.top_k; }
+
+int32_t run_gemm1(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+  MoeGemmOperands operands{b.rows, b.row_scales, layer.gemm1_weights, layer.gemm1_weights_scale, b.expert_offsets,
+                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit};
+  if (variant.swiglu) {
+    operands.output = b.activation;
+    operands.output_scales = b.activation_scales;
+  }
+  MoeGroupedGemm const gemm{layer.num_local_experts, 2 * layer.intermediate_size, layer.hidden_size, layer.sm_count,
+                            operands, b.gemm1, b.gemm_workspace, layer.stream};
+  return variant.run(&gemm);
 }
 
+int32_t run_gemm2(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+  MoeGemmOperands const operands{b.activation, b.activation_scales, layer.gemm2_weights, layer.gemm2_weights_scale, b.expert_offsets,
+                                 b.gemm2_output, nullptr, slots(layer), 0, 0.0f};
+  MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count,
+                            operands, b.gemm2, b.gemm_workspace, layer.stream};
+  return variant.swiglu ? MOE_ERROR_BAD_VARIANT : variant.run(&gemm);
+}
+
+constexpr int32_t kPermuteAndGather = MOE_STAGE_PERMUTE | MOE_STAGE_GATHER;
+
 int32_t run_stages(MoeFp8BlockLayer const& layer, Buffers const& buffers) {
-  int const hidden = layer.hidden_size, inter = layer.intermediate_size;
+  MoeVariant const* const gemm1 = moe_variant(layer.gemm1_variant);
+  MoeVariant const* const gemm2 = moe_variant(layer.gemm2_variant);
+  if (!gemm1 || !gemm2) return MOE_ERROR_BAD_VARIANT;
   int32_t status = 0;
   auto stage = [&](int32_t bit, auto run) {
     if (status == 0 && (layer.stages & bit)) status = run();
   };
   stage(MOE_STAGE_ROUTE, [&] { return int32_t(route(layer)); });
-  stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
-  stage(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
-  stage(MOE_STAGE_GEMM1, [&] { return run_gemm(layer, layer.gemm1_variant, buffers.gemm1, 2 * inter, hidden, buffers.gemm_workspace); });
-  stage(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
-  stage(MOE_STAGE_GEMM2, [&] { return run_gemm(layer, layer.gemm2_variant, buffers.gemm2, hidden, inter, buffers.gemm_workspace); });
+  if ((layer.stages & kPermuteAndGather) == kPermuteAndGather) {
+    stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute_and_gather(layer, buffers)); });
+  } else {
+    stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
+    stage(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
+  }
+  stage(MOE_STAGE_GEMM1, [&] { return run_gemm1(layer, *gemm1, buffers); });
+  if (!gemm1->swiglu) stage(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
+  stage(MOE_STAGE_GEMM2, [&] { return run_gemm2(layer, *gemm2, buffers); });
   stage(MOE_STAGE_COMBINE, [&] { return int32_t(combine(layer, buffers)); });
   return status;
 }

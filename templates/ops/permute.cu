@@ -1,17 +1,21 @@
 // top_k ids -> rows grouped by local expert: a stable counting sort, then the group metadata that both grouped GEMMs
-// read. At few tokens by one block, since any second launch would cost more than the whole sort; above that by one
-// cluster, whose blocks add up their counts through distributed shared memory. Stable, so that row order is reproducible.
+// read. Stable, so that row order is reproducible. Three sizes:
+// - few slots: every block of one kernel sorts all of them for itself and then gathers its share of the tokens, because
+//   the sort is shorter than another launch;
+// - up to kSlotsOfOneBlock, or without the gather: one block;
+// - above that one cluster, whose blocks add up their counts through distributed shared memory.
 #include <cooperative_groups.h>
 
-#include "ops.cuh"
+#include "gather.cuh"
 
 namespace moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kCountsBytes = 36 * 1024; // with the static arrays under the 48 KB that need no opt-in
+constexpr int kCountsBytes = 34 * 1024; // with the static arrays under the 48 KB that need no opt-in
 constexpr int kClusterBlocks = 8;       // the largest portable cluster
 constexpr int kSlotsOfOneBlock = 4096;
+constexpr int kSlotsOfEveryBlock = 1024;
 constexpr int kStepsInFlight = 8;       // loads a lane issues together: one at a time, latency made this stage 10x slower
 
 struct GemmOperands {
@@ -80,14 +84,15 @@ __device__ __forceinline__ int inclusive_scan(int value, int lane) {
   return value;
 }
 
-__global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
+// Writes permuted_row of the slots that are this block's, one of `blocks` that share them, and, where `publish` is set,
+// offsets and metadata. Blocks that share slots are one cluster.
+__device__ __forceinline__ void sort_slots(PermuteParams const& p, int block, int blocks, int32_t* permuted_row, bool publish) {
   extern __shared__ int counts[]; // [counting_warps, num_experts]
   __shared__ int block_rows[kMaxExperts]; // rows of each expert among this block's slots
   __shared__ int first_row[kMaxExperts];  // where those rows start
   __shared__ int warp_totals[kThreads / 32];
   auto cluster = cooperative_groups::this_cluster();
-  int const lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = blockIdx.x, blocks = gridDim.x;
-  allow_successor_to_start();
+  int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int i = threadIdx.x; i < p.counting_warps * p.num_experts; i += kThreads) counts[i] = 0;
   wait_for_predecessor();
   __syncthreads();
@@ -127,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ 
     int before = inclusive - rows;
     for (int w = 0; w < warp; ++w) before += warp_totals[w];
     first_row[expert] = before + rows_of_earlier_blocks;
-    if (block == 0) {
+    if (publish) {
       p.expert_offsets[expert] = before;
       if (expert == p.num_experts - 1) p.expert_offsets[p.num_experts] = before + rows;
       write_metadata(p.gemm1, expert, before, rows);
@@ -139,17 +144,31 @@ __global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ 
   for_each_slot(p, first, end, lane, [&](int slot, int local) {
     uint32_t const same = __match_any_sync(0xffffffffu, local);
     int const place = local >= 0 ? my_counts[local] + __popc(same & ((1u << lane) - 1)) : 0;
-    if (slot < end) p.permuted_row[slot] = local >= 0 ? first_row[local] + place : -1;
+    if (slot < end) permuted_row[slot] = local >= 0 ? first_row[local] + place : -1;
     __syncwarp();
     if (local >= 0 && lane == __ffs(same) - 1) my_counts[local] += __popc(same);
     __syncwarp();
   });
-  cluster.sync(); // a block's shared memory must outlive the others' reads
 }
 
-}  // namespace
+__global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
+  allow_successor_to_start();
+  sort_slots(p, blockIdx.x, gridDim.x, p.permuted_row, blockIdx.x == 0);
+  cooperative_groups::this_cluster().sync(); // a block's shared memory must outlive the others' reads
+}
 
-cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
+template <bool kQuantised>
+__global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_constant__ PermuteParams const p, __grid_constant__ GatherParams const g) {
+  __shared__ int32_t permuted_row[kSlotsOfEveryBlock];
+  allow_successor_to_start();
+  sort_slots(p, 0, 1, permuted_row, blockIdx.x == 0);
+  __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x < p.num_slots) p.permuted_row[threadIdx.x] = permuted_row[threadIdx.x];
+  gather_unit<kQuantised>(g, blockIdx.x * kThreads + threadIdx.x, permuted_row);
+}
+static_assert(kSlotsOfEveryBlock <= kThreads);
+
+PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
   PermuteParams p{};
   p.ids = layer.topk_ids;
   p.permuted_row = b.permuted_row;
@@ -162,8 +181,27 @@ cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
              b.gemm1_output, 2 * layer.intermediate_size, layer.hidden_size};
   p.gemm2 = {b.gemm2, b.activation, b.activation_scales, static_cast<uint8_t const*>(layer.gemm2_weights), layer.gemm2_weights_scale,
              b.gemm2_output, layer.hidden_size, layer.intermediate_size};
+  return p;
+}
+
+int counts_bytes(PermuteParams const& p) { return p.counting_warps * p.num_experts * static_cast<int>(sizeof(int)); }
+
+}  // namespace
+
+cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
+  PermuteParams const p = permute_params(layer, b);
   int const blocks = p.num_slots > kSlotsOfOneBlock ? kClusterBlocks : 1;
-  return launch_in_clusters(permute_kernel, blocks, blocks, kThreads, p.counting_warps * p.num_experts * sizeof(int), layer.stream, p);
+  return launch_in_clusters(permute_kernel, blocks, blocks, kThreads, counts_bytes(p), layer.stream, p);
+}
+
+cudaError_t permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+  PermuteParams const p = permute_params(layer, b);
+  if (p.num_slots > kSlotsOfEveryBlock) {
+    cudaError_t const status = permute(layer, b);
+    return status == cudaSuccess ? gather(layer, b) : status;
+  }
+  auto kernel = layer.hidden_states_dtype == MOE_DTYPE_E4M3 ? permute_and_gather_kernel<true> : permute_and_gather_kernel<false>;
+  return launch(kernel, ceil_div(gather_units(layer), kThreads), kThreads, counts_bytes(p), layer.stream, p, gather_params(layer, b));
 }
 
 }  // namespace moe

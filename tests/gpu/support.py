@@ -33,19 +33,35 @@ def weights(problem: MoEProblem) -> FP8BlockWeights:
     return FP8BlockWeights.random(problem.config, problem.num_local_experts, seed=1, device="cuda")
 
 
+def default_tactics(problem: MoEProblem, tokens: int) -> tuple[str, str]:
+    return executor().default_tactic(problem, "gemm1", tokens), executor().default_tactic(problem, "gemm2", tokens)
+
+
+def unfused(problem: MoEProblem, tokens: int) -> tuple[str, str]:
+    """Tactics that leave GEMM1's own result, for tests that read it."""
+    plain = executor().default_tactic(problem, "gemm2", tokens)
+    return plain, plain
+
+
 class Call:
     """One layer call whose stages can be run and whose regions can be read one by one."""
 
-    def __init__(self, problem: MoEProblem, weights: FP8BlockWeights, inputs: LayerInputs) -> None:
+    def __init__(
+        self,
+        problem: MoEProblem,
+        weights: FP8BlockWeights,
+        inputs: LayerInputs,
+        tactics: tuple[str, str] | None = None,
+    ) -> None:
         self.problem, self.executor = problem, executor()
         self.tokens, self.config = inputs.hidden_states.shape[0], problem.config
         self.inputs, self.weights = inputs, weights
         self.output = torch.full((self.tokens, self.config.hidden_size), torch.nan, dtype=torch.bfloat16, device="cuda")
         size = self.executor.workspace_bytes(problem, self.tokens)
         self.workspace = torch.full((size,), 0xFF, dtype=torch.uint8, device="cuda")
-        tactic = self.executor.default_tactic(problem, "gemm1", self.tokens)
+        gemm1, gemm2 = tactics or default_tactics(problem, self.tokens)
         self.arguments = self.executor.arguments(
-            problem, self.weights, inputs, (tactic, tactic), self.output, self.workspace
+            problem, self.weights, inputs, (gemm1, gemm2), self.output, self.workspace
         )
 
     def run(self, stages: Stage) -> Call:

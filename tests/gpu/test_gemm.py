@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_runtime.executors.base import GEMMS, Gemm
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.kernels import library_path, load_library
 from moe_runtime.reference import relative_error
 from tests.gpu import support
 
-VARIANTS = list(load_library("sm_90a").variants) if library_path("sm_90a") else []
+VARIANTS = load_library("sm_90a").variants if library_path("sm_90a") else {}
+CASES = [(variant, gemm) for gemm in GEMMS for variant in VARIANTS if gemm == "gemm1" or not VARIANTS[variant].swiglu]
 
 
 @functools.lru_cache(maxsize=1)
@@ -26,13 +28,14 @@ def trial_and_reference(problem_name: str, gemm: str) -> tuple[CudaGemmTrial, Te
     return trial, support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
 
 
-@pytest.mark.parametrize("gemm", ["gemm1", "gemm2"])
 @pytest.mark.parametrize("problem_name", support.PROBLEMS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "gemm"), CASES)
 def test_ragged_groups(problem_name: str, gemm: str, variant: str) -> None:
     trial, reference = trial_and_reference(problem_name, gemm)
     out = trial.run(variant)
-    assert relative_error(out, reference) <= 3e-3
+    assert trial.error(variant, out, reference) <= 3e-3
+    if VARIANTS[variant].swiglu:  # a worst element of e4m3 says nothing of the GEMM
+        return
     worst = ((out.double() - reference).abs() / reference.abs().clamp(min=reference.std().item())).max().item()
     assert worst <= 2e-2
 
@@ -46,16 +49,15 @@ def test_trial_reference_agrees(problem_name: str) -> None:
 
 
 @pytest.mark.parametrize("sizes", [(0,), (0, 1), (1,), (513, 0, 0, 0)], ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_sparse_groups(variant: str, sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("variant", "gemm"), CASES)
+def test_sparse_groups(variant: str, gemm: Gemm, sizes: tuple[int, ...]) -> None:
     problem = support.PROBLEMS["qwen3-235b-dep2"]
     weights, workload = support.weights(problem), support.ragged_workload(problem, sizes)
-    trial = CudaGemmTrial(support.executor(), problem, weights, workload, "gemm2", seed=3)
-    reference = support.grouped_reference(
-        trial.tokens, trial.scales, weights.down, weights.down_scale, workload.rows_per_expert
-    )
+    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=3)
+    weight, scale = (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
+    reference = support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
     out = trial.run(variant)
     torch.cuda.synchronize()
-    assert out.shape == reference.shape
+    assert len(out) == len(reference)
     if sizes != (0,):
-        assert relative_error(out, reference) <= 3e-3
+        assert trial.error(variant, out, reference) <= 3e-3

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe_runtime import FP8BlockWeights, FusedMoE, InvalidArgument, MoEConfig, Parallel
 from moe_runtime.config import RoutingMethod
-from moe_runtime.executors.base import LayerInputs, MoEProblem
+from moe_runtime.executors.base import GEMMS, LayerInputs, MoEProblem
 from moe_runtime.formats.fp8_block import quantise_rows
 from moe_runtime.kernels import Stage
 from moe_runtime.ops import fp8_block_scale_moe
@@ -64,7 +64,7 @@ def test_from_the_kernels_own_gemm1(name: str, num_tokens: int) -> None:
     ids = make_workload(config, problem.parallel, num_tokens, "random", 3).topk_ids.cuda()
     topk_weights = torch.rand(ids.shape, device="cuda")
     inputs = LayerInputs(tokens(config, num_tokens), topk_ids=ids, topk_weights=topk_weights)
-    call = support.Call(problem, weights, inputs).run(~Stage.ROUTE)
+    call = support.Call(problem, weights, inputs, support.unfused(problem, num_tokens)).run(~Stage.ROUTE)
     slots = num_tokens * k
     rows = call.region("rows", slots, config.hidden_size, dtype=torch.float8_e4m3fn)
     row_scales = call.region("row_scales", slots, config.hidden_size // 128)
@@ -116,10 +116,15 @@ def test_every_tactic_gives_the_same_layer() -> None:
     logits = torch.randn(200, problem.config.num_experts, device="cuda")
     ids, topk_weights = route(problem.config, logits)
     reference = reference_layer(problem, weights, x, ids, topk_weights)
-    for tactic in support.executor().tactics(problem, "gemm1"):
-        output = torch.full_like(x, torch.nan)
-        support.executor().run(problem, weights, LayerInputs(x, routing_logits=logits), (tactic, tactic), output, None)
-        assert relative_error(output, reference) <= LAYER_BOUND, tactic
+    executor, default = support.executor(), support.default_tactics(problem, 200)
+    for gemm in GEMMS:
+        for tactic in executor.tactics(problem, gemm):
+            if executor.can_implement(problem, gemm, tactic) is not None:
+                continue
+            pair = (tactic, default[1]) if gemm == "gemm1" else (default[0], tactic)
+            output = torch.full_like(x, torch.nan)
+            executor.run(problem, weights, LayerInputs(x, routing_logits=logits), pair, output, None)
+            assert relative_error(output, reference) <= LAYER_BOUND, pair
 
 
 def test_results_repeat_bit_for_bit() -> None:

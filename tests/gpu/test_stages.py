@@ -29,9 +29,9 @@ def small_call(
     ids[num_tokens // 2, :] = -1
     weights = torch.rand(ids.shape, device="cuda", generator=generator)
     given = x if hidden_states is None else hidden_states
-    return support.Call(
-        SMALL_PROBLEM, support.weights(SMALL_PROBLEM), LayerInputs(given, scale, topk_ids=ids, topk_weights=weights)
-    )
+    inputs = LayerInputs(given, scale, topk_ids=ids, topk_weights=weights)
+    tactics = support.unfused(SMALL_PROBLEM, num_tokens)
+    return support.Call(SMALL_PROBLEM, support.weights(SMALL_PROBLEM), inputs, tactics)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 37, 512, 4099])

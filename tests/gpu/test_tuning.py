@@ -26,9 +26,13 @@ def test_a_tuned_plan_serves_the_layer(layout: str) -> None:
     plan = tune(problem, weights, executor, 32, "random")
     assert plan.complete and not plan.quarantined
     for entry in plan.entries:
+        pairs = [(pair.gemm1, pair.gemm2) for pair in entry.layer]
+        assert not pairs or {entry.pair, entry.default_pair} <= set(pairs)
         for choice in (entry.gemm1, entry.gemm2):
-            assert not choice.rejected and choice.default_tactic in choice.timings
-            assert choice.us is not None and choice.default_us is not None and choice.us <= choice.default_us
+            assert all("multiple" in why or "only gemm1" in why for why in choice.rejected.values())
+            assert choice.default_tactic in choice.timings
+            assert choice.us is not None and choice.default_us is not None
+            assert pairs or choice.us <= choice.default_us
 
     rows = kernel_rows(32, problem.parallel)
     x = torch.randn(rows, CONFIG.hidden_size, device="cuda", dtype=torch.bfloat16)
@@ -41,9 +45,23 @@ def test_a_tuned_plan_serves_the_layer(layout: str) -> None:
         FusedMoE(CONFIG, other, weights, plan)
 
 
+@pytest.mark.parametrize("tokens", [1, 256])
+def test_a_layer_takes_longer_than_its_gemms(tokens: int) -> None:
+    problem = MoEProblem(CONFIG, Parallel.parse("dep2"))
+    weights = FP8BlockWeights.random(CONFIG, problem.num_local_experts, device="cuda")
+    executor, workload = support.executor(), make_workload(CONFIG, problem.parallel, tokens, "random")
+    first, second, *_ = executor.tactics(problem, "gemm1")
+    layer = executor.layer_trial(problem, weights, workload, 0).time([(first, second), (second, first)], 5)
+    assert {pair: len(us) for pair, us in layer.items()} == {(first, second): 5, (second, first): 5}
+    gemm1 = executor.gemm_trial(problem, weights, workload, "gemm1", 0)
+    assert min(gemm1.time([first], 5)[first]) < min(layer[first, second])
+
+
 def test_every_variant_passes_in_the_worker() -> None:
     problem = MoEProblem(CONFIG, Parallel.parse("ep2"))
-    tactics = support.executor().tactics(problem, "gemm1")
+    executor = support.executor()
+    tactics = [name for name in executor.variants if executor.can_implement(problem, "gemm1", name) is None]
+    assert len(tactics) >= 10
     workload = make_workload(CONFIG, problem.parallel, 64, "random")
     with vetting(problem, "cuda", timeout_seconds=120) as vet:
         assert vet(workload, "gemm1", tactics) == {}

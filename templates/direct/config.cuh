@@ -1,0 +1,100 @@
+// What a direct grouped GEMM is at compile time, how it divides shared memory, and what a launch passes to it.
+//
+// Operand A has the tile's 128 or 256 rows, 64 of each 128 for either math warpgroup; operand B has the columns of one
+// wgmma. Tokens are A where there are many of them, B (swap_ab) where a tile of 8 to 64 holds an expert's.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <stdint.h>
+
+#include "cutlass/arch/barrier.h"
+
+#include "numerics.cuh"
+
+namespace moe::direct {
+
+constexpr int kTileK = kBlock;  // one row of the 128-byte swizzle, and one scale block
+constexpr int kInstructionK = 32;
+constexpr int kMathWarps = 8;
+constexpr int kMathThreads = kMathWarps * 32;
+constexpr int kThreads = kMathThreads + 128;  // and a producer warpgroup: one warp for tiles, one for scales
+constexpr int kMaxGroups = 1024;
+constexpr int kSharedBytes = 227 * 1024;
+constexpr int kMaxStages = 10;
+constexpr int kStagingPad = 16;  // bytes between rows of the staged output: without it they share their banks
+
+// kSwiglu: the tile holds as many rows of gate as of up, and the epilogue writes e4m3 activations and their scales.
+// kCluster: thread blocks with neighbouring weight tiles, which share one load of the tokens.
+template <class Mma_, int kTokens_, int kWeights_, bool kSwapAB_, bool kSwiglu_, int kCluster_>
+struct Config {
+  using Mma = Mma_;
+  static constexpr int kTokens = kTokens_, kWeights = kWeights_, kCluster = kCluster_;
+  static constexpr bool kSwapAB = kSwapAB_, kSwiglu = kSwiglu_;
+  // Unswapped, the 128 columns of an activation's scale block take two passes, each over 64 rows of gate and 64 of up.
+  static constexpr int kPasses = kSwiglu && !kSwapAB ? 2 : 1;
+  static constexpr int kPassWeights = kWeights / kPasses;
+  static constexpr int kRows = kSwapAB ? kWeights : kTokens;         // of operand A
+  static constexpr int kColumns = kSwapAB ? kTokens : kPassWeights;  // of operand B
+  static constexpr int kMmas = kRows / 128;                      // instructions a warpgroup issues a step of K
+  static constexpr int kAccumulators = kColumns / 2;             // registers of each
+  // Weight scales of a K tile: one a 128 rows, and gate and up have their own.
+  static constexpr int kWeightScales = kSwiglu ? 2 : kWeights / kBlock;
+  // Blocks of weights that one tile takes from different places, each with a TMA load of its own.
+  static constexpr int kWeightLoads = kSwiglu ? 2 : 1;
+  // Output columns of a tile, and the bytes of one.
+  static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights;
+  static constexpr int kOutputBytes = kSwiglu ? 1 : 2;
+
+  static constexpr int kTokenBytes = kTokens * kTileK, kWeightBytes = kPassWeights * kTileK;
+  static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
+  static constexpr int kScales = (kTokens + kWeightScales + 3) / 4 * 4;
+  static constexpr int kStagingPitch = kOutputs * kOutputBytes + kStagingPad;
+  static constexpr int kStagingBytes = kTokens * kStagingPitch;
+  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + 2 * 4 * kTokens + 256;
+  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 16);
+  static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
+
+  static_assert(kRows % 128 == 0 && kMmas <= 2 && kTokens % 8 == 0 && kWeights % 64 == 0);
+  static_assert(kSwapAB || (kTokens == 128 && kPassWeights == 128), "promotion and epilogue of unswapped tiles are written for 128x128");
+  static_assert(!kSwapAB || kCluster == 1, "few tokens are not worth sharing");
+  static_assert(!kSwiglu || kWeights == 256, "a 1x128 block must lie in one tile");
+  static_assert(kStages >= 3);
+
+  struct SharedStorage {
+    alignas(1024) uint8_t tokens[kStages][kTokenBytes];
+    alignas(1024) uint8_t weights[kStages][kWeightBytes];
+    alignas(16) uint8_t staging[kStagingBytes];
+    alignas(16) float scales[kStages][kScales];  // of the tokens, then of the weights
+    alignas(16) float amax[2][kTokens];          // swapped SwiGLU; of the tile before may still be read: they take turns
+    alignas(8) uint64_t full[kStages], empty[kStages];
+    int cumulative_tiles[kMaxGroups + 1];
+  };
+  static_assert(sizeof(SharedStorage) <= kSharedBytes);
+};
+
+struct Params {
+  CUtensorMap tokens, weights;  // [rows, k] and [groups, n, k] of e4m3
+  float const* token_scales;    // [rows, k/128]
+  float const* weight_scales;   // [groups, n/128, k/128]
+  int32_t const* expert_offsets;// [groups + 1]
+  void* output;                 // bf16 [rows, n], or e4m3 [rows, n/2]
+  float* output_scales;         // [rows, n/2/128], with SwiGLU
+  int groups, n, k;
+  int gate_row, up_row;         // first row of either half of gate_up
+  float clamp_limit;
+};
+
+// A ring of stages, and the parity that its barriers have in this round.
+template <int kStages>
+struct Ring {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) { stage = 0; phase ^= 1; }
+  }
+};
+
+using TileBarrier = cutlass::arch::ClusterTransactionBarrier;
+using PlainBarrier = cutlass::arch::ClusterBarrier;
+
+}  // namespace moe::direct

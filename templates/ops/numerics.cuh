@@ -1,0 +1,37 @@
+// The layer's arithmetic outside the GEMMs, written once for the kernels that run it as a stage of its own and for those
+// that fuse it: SwiGLU, and e4m3 with one scale per block of 128.
+#pragma once
+#include <cuda_fp8.h>
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+namespace moe {
+
+constexpr int kBlock = 128;           // scale granularity along the contraction
+constexpr float kE4m3Max = 448.0f;
+constexpr float kAmaxFloor = 1e-10f;  // keeps the scale of an all-zero block finite
+
+__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// clamp_limit <= 0: none.
+__device__ __forceinline__ float swiglu(float gate, float up, float clamp_limit) {
+  if (clamp_limit > 0.0f) {
+    gate = fminf(gate, clamp_limit);
+    up = fminf(fmaxf(up, -clamp_limit), clamp_limit);
+  }
+  return __fdividef(gate, 1.0f + __expf(-gate)) * up;  // two units in the last place, a third of the time of a division
+}
+
+// IEEE division and reciprocal, so that formats/fp8_block.py gives the same bits.
+struct BlockScale {
+  float scale, inverse;
+  __device__ __forceinline__ explicit BlockScale(float amax) {
+    scale = __fdiv_rn(fmaxf(amax, kAmaxFloor), kE4m3Max);
+    inverse = __frcp_rn(scale);
+  }
+  __device__ __forceinline__ uint32_t quantise(float low, float high) const {
+    return __nv_cvt_float2_to_fp8x2(make_float2(low * inverse, high * inverse), __NV_SATFINITE, __NV_E4M3);
+  }
+};
+
+}  // namespace moe
