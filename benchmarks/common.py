@@ -6,6 +6,7 @@ import json
 import platform
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.roofs import ROOFS
 
 READ_ROOF_TBPS = ROOFS["NVIDIA H200"].read_tbps
+REST_SECONDS = 0.25
 REFERENCE_POINTS = Path(__file__).with_name("reference_points_h200.json")
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,18 @@ def capture(call: Callable[[], object], launches: int) -> torch.cuda.CUDAGraph:
             call()
     graph.replay()
     return graph
+
+
+def time_rested(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """As time_graphs, but each call alone and after a rest.
+
+    Under sustained load the card's power limit slows large GEMMs by up to 15 %; the reference points were not.
+    """
+    times = {}
+    for name, call in calls.items():
+        time.sleep(REST_SECONDS)
+        times |= time_graphs({name: call})
+    return times
 
 
 def time_graphs(

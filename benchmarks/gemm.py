@@ -23,6 +23,7 @@ from rich.table import Table
 
 from benchmarks.common import (
     READ_ROOF_TBPS,
+    REST_SECONDS,
     cuda_executor,
     measured_roofs,
     problem,
@@ -37,7 +38,6 @@ from moe_runtime.workload import make_workload
 
 CASES = {"DSR1-EP8": ("deepseek-r1", "dep8"), "Qwen3-EP2": ("qwen3-235b", "dep2")}
 FINALISTS = 3
-REST_SECONDS = 0.25
 ROWS_PER_EXPERT = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 

@@ -51,7 +51,7 @@ struct Config {
   static constexpr int kStagingPitch = kOutputs * kOutputBytes + kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
   static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + 2 * 4 * kTokens + 256;
-  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 16);
+  static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 24);
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
   static_assert(kRows % 128 == 0 && kMmas <= 2 && kTokens % 8 == 0 && kWeights % 64 == 0);
@@ -66,7 +66,7 @@ struct Config {
     alignas(16) uint8_t staging[kStagingBytes];
     alignas(16) float scales[kStages][kScales];  // of the tokens, then of the weights
     alignas(16) float amax[2][kTokens];          // swapped SwiGLU; of the tile before may still be read: they take turns
-    alignas(8) uint64_t full[kStages], empty[kStages];
+    alignas(8) uint64_t full[kStages], empty[kStages], scales_read[kStages];
     int cumulative_tiles[kMaxGroups + 1];
   };
   static_assert(sizeof(SharedStorage) <= kSharedBytes);

@@ -20,6 +20,7 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     for (int stage = 0; stage < C::kStages; ++stage) {
       PlainBarrier::init(&shared.full[stage], 1 + 32);  // the thread that loads tiles, the warp that loads scales
       PlainBarrier::init(&shared.empty[stage], kMathWarps * C::kCluster);
+      PlainBarrier::init(&shared.scales_read[stage], kMathThreads);
     }
     cutlass::arch::fence_barrier_init();
   }

@@ -82,7 +82,7 @@ struct Scales {
   }
 };
 
-// Frees a stage in every block that may write to it. By one warp.
+// Frees a stage's tiles in every block that may write to them. By one warp.
 template <class C>
 __device__ __forceinline__ void release(uint64_t* empty) {
   int const lane = threadIdx.x % 32;
@@ -93,7 +93,7 @@ __device__ __forceinline__ void release(uint64_t* empty) {
   }
 }
 
-// One K tile on its way: what its wgmma add up, the scales to promote that with, and the stage to free afterwards.
+// One K tile on its way: what its wgmma add up, the scales to promote that with, and the barrier that frees its stage.
 template <class C>
 struct InFlight {
   Accumulators<C> part;
@@ -117,6 +117,8 @@ struct InFlight {
     }
     cute::warpgroup_commit_batch();
     scales.load(shared.scales[ring.stage], warpgroup, at);
+    asm volatile("" ::: "memory");  // the wrapper of arrive lets the compiler move loads past it
+    PlainBarrier::arrive(&shared.scales_read[ring.stage]);  // every thread for itself: each has read its own
     empty = &shared.empty[ring.stage];
     ring.advance();
   }

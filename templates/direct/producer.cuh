@@ -62,7 +62,7 @@ __device__ __forceinline__ void produce_scales(Params const& p, typename C::Shar
       weights += (int64_t(tile.group) * (p.n / kBlock) + row / kBlock) * k_blocks;
     }
     for (int pass = 0; pass < C::kPasses; ++pass) for (int block = 0; block < k_blocks; ++block) {
-      PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
+      PlainBarrier::wait(&shared.scales_read[ring.stage], ring.phase ^ 1);
       float* const scales = shared.scales[ring.stage];
 #pragma unroll
       for (int i = 0; i < ceil_div(C::kTokens, 32); ++i) {
