@@ -23,7 +23,7 @@ NEAR = 1.05
 HOPELESS = 2.0
 """Slower than the fastest by this, a tactic leaves whichever half it is in: noise does not bridge that."""
 
-RACE_SECONDS = 0.5
+RACE_SECONDS = 0.3
 MIN_ROUNDS, MAX_ROUNDS = 5, 31
 """Rounds of the final: as many as RACE_SECONDS holds, enough for a median, and no more than steady it."""
 

@@ -16,12 +16,13 @@ from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
 from ..weights import FP8BlockWeights
 from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows, make_workload
-from .buckets import by_usefulness, plan_buckets, tuning_work
+from .buckets import by_usefulness, plan_buckets, served_range, tuning_work
 from .cost import predict, promising
 from .measure import CONFIDENCE, MARGIN, Rule, T, objective_us
 from .pairs import doubtful_pairs, race_pairs
 from .plan import GemmChoice, Objective, Plan, PlanEntry, PlanKey, check_buckets
 from .profiler import NO_MEMORY, OutOfTime, profile
+from .together import GemmTogether, Together
 
 if TYPE_CHECKING:
     from .quarantine import Vet
@@ -95,7 +96,9 @@ def tune(
     )
     kept = resume if resume is not None and _same_settings(resume, blank) else blank
     entries = {entry.bucket: entry for entry in kept.entries if entry.bucket in wanted}
-    task = _Task(problem, weights, executor, distribution, dispatch, samples, seed, rule, vet, dict(kept.quarantined))
+    task = _Task(
+        problem, weights, executor, distribution, dispatch, samples, seed, rule, vet, wanted, dict(kept.quarantined)
+    )
 
     missing = [bucket for bucket in wanted if bucket not in entries]
     order = missing[:1] + by_usefulness(missing[1:])  # the smallest takes least time, so it shows what a budget holds
@@ -158,16 +161,20 @@ class _Task:
     seed: int
     rule: Rule
     vet: Vet | None
+    buckets: tuple[int, ...]
     quarantined: dict[str, str]
 
     def work(self, bucket: int) -> float:
         return tuning_work(self.problem.config.num_experts, bucket)
 
     def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
-        workloads = [
-            make_workload(
-                self.problem.config, self.problem.parallel, bucket, self.distribution, self.seed + sample, self.dispatch
-            )
+        config, parallel = self.problem.config, self.problem.parallel
+        ends = served_range(bucket, self.buckets, smeared=self.distribution != "balanced")
+        samples = [
+            [
+                make_workload(config, parallel, tokens, self.distribution, self.seed + sample, self.dispatch)
+                for tokens in ends
+            ]
             for sample in range(self.samples)
         ]
         steps = (*GEMMS, "both")
@@ -180,24 +187,28 @@ class _Task:
         choices = []
         for gemm in GEMMS:
             report(gemm)
-            choices.append(self.choose(workloads, gemm, clock.deadline))
+            choices.append(self.choose(samples, gemm, clock.deadline))
         gemm1, gemm2 = choices
-        entry = PlanEntry(bucket=bucket, rows=workloads[0].local_slots, gemm1=gemm1, gemm2=gemm2)
+        entry = PlanEntry(bucket=bucket, rows=samples[0][0].local_slots, gemm1=gemm1, gemm2=gemm2)
         pairs = doubtful_pairs(entry, self.quarantined.keys())
         if not pairs:
             return entry
         report("both")
-        busy = [workload for workload in workloads if workload.local_slots]
-        trials = [self.executor.layer_trial(self.problem, self.weights, workload, self.seed) for workload in busy]
+        trials = [
+            Together([self.executor.layer_trial(self.problem, self.weights, each, self.seed) for each in sample])
+            for sample in _busy(samples)
+        ]
         try:
             return race_pairs(entry, trials, pairs, self.rule, clock.deadline)
         except OutOfTime:
             return entry  # what each GEMM's own times say stands
 
-    def choose(self, workloads: Sequence[Workload], gemm: Gemm, deadline: float) -> GemmChoice:
-        problem, executor, tokens = self.problem, self.executor, workloads[0].num_tokens
+    def choose(self, samples: Sequence[Sequence[Workload]], gemm: Gemm, deadline: float) -> GemmChoice:
+        """samples: of each draw the workloads at the ends of what the bucket serves."""
+        problem, executor, tokens = self.problem, self.executor, samples[0][0].num_tokens
         default = executor.default_tactic(problem, gemm, kernel_rows(tokens, problem.parallel))
-        workloads = [workload for workload in workloads if workload.local_slots]
+        samples = _busy(samples)
+        workloads = [workload for sample in samples for workload in sample]
         if not workloads:
             return GemmChoice(tactic=default, default_tactic=default)
         tactics = executor.tactics(problem, gemm)
@@ -221,7 +232,10 @@ class _Task:
             self.quarantined.update(faults)
             rejected |= faults
             candidates = [tactic for tactic in candidates if tactic not in faults]
-        trials = [executor.gemm_trial(problem, self.weights, workload, gemm, self.seed) for workload in workloads]
+        trials = [
+            GemmTogether([executor.gemm_trial(problem, self.weights, each, gemm, self.seed) for each in sample])
+            for sample in samples
+        ]
         measured = profile(trials, candidates, default, TOLERANCE[executor.name], self.rule, deadline)
         self.quarantined.update({t: why for t, why in measured.rejected.items() if not why.startswith(NO_MEMORY)})
         rejected |= measured.rejected
@@ -249,6 +263,12 @@ class _Task:
         if needed <= free:
             return None
         return f"{NO_MEMORY}: timing it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+
+
+def _busy(samples: Sequence[Sequence[Workload]]) -> list[list[Workload]]:
+    """The samples without the workloads that bring this rank no rows."""
+    busy = [[workload for workload in sample if workload.local_slots] for sample in samples]
+    return [sample for sample in busy if sample]
 
 
 def _same_settings(resume: Plan, blank: Plan) -> bool:
