@@ -15,6 +15,7 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+REGIME = ("qwen3-235b", "dep2, with the plan of ep2 and its own")
 LAYERS = {"deepseek-r1-dep8": "DeepSeek-R1, dep8", "qwen3-235b-dep2": "Qwen3-235B-A22B, dep2"}
 WHOLE_CALL = "layer(x, logits): the whole call"
 GEMM_ROWS = ("1", "16", "64", "128", "256", "1024")
@@ -40,6 +41,7 @@ def tables() -> str:
     for name, gemm in gemms.items():
         cells = (_gemm_cell(rows, gemm["by_rows_per_expert"][rows]) for rows in GEMM_ROWS)
         lines.append(f"| {name} ({gemm['groups']} x {gemm['N']} x {gemm['K']}) | " + " | ".join(cells) + " |")
+    lines += ["", *_regime_table()]
     roofs = _load("gemm")["roofs"]
     lines += [
         "",
@@ -49,6 +51,30 @@ def tables() -> str:
         "Raw numbers, with every variant's time: `benchmarks/results/h200/`.",
     ]
     return "\n".join(lines)
+
+
+def _regime_table() -> list[str]:
+    """What a plan of the other layout costs, in the form of tokens, before, after, delta."""
+    tuner, (model, comparison) = _load("tuner-qwen3-235b"), REGIME
+    case = tuner["cases"]["qwen3-235b:dep2"]
+    points = [point for point in tuner["cross"][model][comparison] if 64 <= point["tokens"] <= 1024]
+    regret, default, best = case["regret"], case["default"], max(point["gain"] for point in case["points"])
+    return [
+        "Why a plan belongs to a layout: Qwen3-235B-A22B under dep2, random routing, a whole layer with the plan tuned",
+        "for ep2 and with its own.",
+        "",
+        "| tokens per rank | " + " | ".join(str(point["tokens"]) for point in points) + " |",
+        "|---|" + "---|" * len(points),
+        "| plan of ep2: us | " + " | ".join(f"{point['us'][0]:.0f}" for point in points) + " |",
+        "| plan of dep2: us | " + " | ".join(f"{point['us'][1]:.0f}" for point in points) + " |",
+        "| more tokens/s | " + " | ".join(f"{point['delta']:+.1%}" for point in points) + " |",
+        "",
+        f"Tuning took {case['tune_seconds']:.0f} s for {len(case['buckets'])} buckets. Measured anew on other seeds,",
+        f"the plan's GEMMs lose {regret['mean']:.1%} on average and {regret['worst']:.1%} at worst to the best of all",
+        f"kernels at each size; over the default they gain {default['mean']:.1%} on average, {best:.0%} at best and",
+        f"{default['worst']:.1%} at worst.",
+        "",
+    ]
 
 
 def with_tables(readme: str) -> str:

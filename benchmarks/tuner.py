@@ -199,7 +199,10 @@ class Bench:
         return sorted(found)
 
     def flips(self, first: Plan, second: Plan) -> dict[str, Any]:
-        """Where two tunes chose differently, and the share of time that the worse choice costs there."""
+        """Where two tunes chose differently, and what the worse choice costs.
+
+        lost: share of the time there. lost_on_average: mean of the shares over all places, 0 where both chose alike.
+        """
         flipped: list[Point] = []
         for one, other in zip(first.entries, second.entries, strict=True):
             for (gemm, mine), (_, its) in zip(choices(one), choices(other), strict=True):
@@ -208,9 +211,10 @@ class Bench:
                     tactics = [mine.tactic, its.tactic]
                     us = list(self.race(workload, gemm, tactics).values())
                     flipped.append({"tokens": one.bucket, "gemm": gemm, "tactics": tactics, "us": us})
-        least = sum(min(flip["us"]) for flip in flipped)
+        places, least = len(GEMMS) * len(first.entries), sum(min(flip["us"]) for flip in flipped)
         lost = sum(max(flip["us"]) for flip in flipped) / least - 1 if flipped else 0.0
-        return {"places": len(GEMMS) * len(first.entries), "flipped": flipped, "lost": lost}
+        average = sum(max(flip["us"]) / min(flip["us"]) - 1 for flip in flipped) / places
+        return {"places": places, "flipped": flipped, "lost": lost, "lost_on_average": average}
 
     def compare(
         self, before: Plan, after: Plan, tokens: Iterable[int], distribution: str, dispatch: str = DISPATCH

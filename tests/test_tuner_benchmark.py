@@ -99,12 +99,13 @@ def test_a_survey_scouts_all_and_times_those_that_matter(
 
 def test_flips_by_hand(bench: benchmark.Bench) -> None:
     first = bench.tune("own", "balanced")
-    assert bench.flips(first, first) == {"places": 6, "flipped": [], "lost": 0}
+    assert bench.flips(first, first) == {"places": 6, "flipped": [], "lost": 0, "lost_on_average": 0}
     bench.executor.us |= {"fair": 20}  # type: ignore[attr-defined]
     second = bench.tune("again", "balanced", seed=1)
     found = bench.flips(first, second)
     assert len(found["flipped"]) == 6 and found["flipped"][0]["tactics"] == ["quick", "fair"]
     assert found["lost"] == pytest.approx((50 - 20) / 20)
+    assert found["lost_on_average"] == pytest.approx((50 - 20) / 20)  # all six places flipped
 
 
 def test_points_between_buckets(bench: benchmark.Bench) -> None:
