@@ -110,10 +110,19 @@ class _Batch:
         self.task = progress.add_task("compiling", total=len(jobs), left=clock(self.seconds_left()))
 
     def run(self) -> None:
+        self.cache.folder.mkdir(parents=True, exist_ok=True)
+        # Around all of them, so that nothing is left behind where Ctrl-C comes while a compile starts or finishes.
+        scratch = tempfile.TemporaryDirectory(dir=self.cache.folder, prefix="compiling-", ignore_cleanup_errors=True)
+        with scratch as folder:
+            self.run_in(Path(folder))
+        if self.failures:
+            raise BuildError("\n".join(self.failures))
+
+    def run_in(self, scratch: Path) -> None:
         try:
             while self.running or (self.waiting and not self.failures):
                 while self.waiting and not self.failures and len(self.running) < self.parallel:
-                    self.running.append(_start(self.waiting.pop(), self.cache.folder))
+                    self.running.append(_start(self.waiting.pop(), scratch))
                 for item in [item for item in self.running if item.process.poll() is not None]:
                     self.running.remove(item)
                     self.finish(item)
@@ -122,8 +131,6 @@ class _Batch:
         finally:
             for item in self.running:
                 _kill(item)
-        if self.failures:
-            raise BuildError("\n".join(self.failures))
 
     def seconds_left(self) -> float:
         """Expected seconds of what is not done, corrected by how the done ones compared with theirs."""
@@ -158,10 +165,9 @@ class _Batch:
         self.progress.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _start(job: Job, cache: Path) -> Running:
-    cache.mkdir(parents=True, exist_ok=True)
+def _start(job: Job, scratch: Path) -> Running:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=cache, prefix="compiling-"))
+    folder = Path(tempfile.mkdtemp(dir=scratch))
     # Its own session: Ctrl-C reaches this process alone, which then ends nvcc together with nvcc's children.
     with job.log.open("wb") as log:
         process = subprocess.Popen(
@@ -176,4 +182,3 @@ def _kill(item: Running) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(item.process.pid, signal.SIGKILL)
     item.process.wait()
-    shutil.rmtree(item.folder, ignore_errors=True)

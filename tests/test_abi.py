@@ -55,6 +55,13 @@ def test_the_parser_sees_every_kind_of_field() -> None:
     assert fields["name"] == "pointer" and fields["run"] == "pointer" and fields["cluster_n"] is ctypes.c_int32
 
 
+def test_version_2_put_the_activation_behind_what_a_variant_was() -> None:
+    """A source that ends before it, such as those of Blackwell, leaves it 0."""
+    assert kernels.ABI_VERSION == 2
+    assert fields_of("MoeVariant")[-1] == ("swiglu", ctypes.c_int32)
+    assert kernels.VariantRecord.swiglu.offset == LibraryVariant.swiglu.offset > LibraryVariant.check_abi.offset
+
+
 def test_stages_match_the_header() -> None:
     in_header = {name: int(value) for name, value in re.findall(r"MOE_STAGE_(\w+) = (\d+)", CODE)}
     assert {stage.name: stage.value for stage in kernels.Stage} == in_header

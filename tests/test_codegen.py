@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
+from codegen import __main__ as command_line
 from codegen import emit, rules
 from codegen.__main__ import app
 from codegen.arch import ARCHES, ARCHS_VARIABLE, find_arch, parse_archs, wanted_archs
-from codegen.catalogue import CATALOGUE, Entry, entry, markdown, select, validate
+from codegen.catalogue import CATALOGUE, Entry, default_entries, entry, markdown, select, validate
 from codegen.cutlass import EpilogueScheduleType as Epilogue
 from codegen.cutlass import KernelScheduleTag
 from codegen.cutlass import KernelScheduleType as Kernel
@@ -32,6 +34,10 @@ SM120 = Kernel.PtrArrayTmaWarpSpecializedCooperative
 
 def sm90(m: int, n: int, schedule: Kernel = COOPERATIVE, *, k: int = 128, cluster=(1, 1), swap_ab=False) -> Variant:
     return entry("sm_90a", "fp8_block", (m, n, k), schedule, "", cluster=cluster, swap_ab=swap_ab).variant
+
+
+def direct(m: int, n: int, schedule: Kernel = COOPERATIVE, **options) -> Variant:
+    return entry("sm_90a", "fp8_block", (m, n, 128), schedule, "", family="direct", **options).variant
 
 
 def blackwell(arch: str, format: str, m: int, n: int, k: int, schedule: Kernel, cluster=(1, 1)) -> Variant:
@@ -70,6 +76,25 @@ BAD = [
     (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 128, 32, 128, SM120), "128x32"),
     (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 64, 128, 128, SM120), "64x128"),
     (rules.sm120_has_no_cluster, blackwell("sm_120a", "nvfp4", 128, 128, 128, SM120, (2, 1)), "2x1x1"),
+    (rules.direct_is_sm90_fp8_block, direct(64, 128, PINGPONG), "not PtrArrayBlockwiseTmaWarpSpecializedPingpong"),
+    (
+        rules.direct_is_sm90_fp8_block,
+        dataclasses.replace(blackwell("sm_100a", "fp8_block", 128, 128, 128, ONE_SM), family="direct"),
+        "fp8_block, sm_100a",
+    ),
+    (
+        rules.direct_is_sm90_fp8_block,
+        dataclasses.replace(blackwell("sm_120a", "nvfp4", 128, 128, 128, SM120), family="direct"),
+        "nvfp4, sm_120a",
+    ),
+    (rules.direct_unswapped_tile, direct(256, 128), "not 256x128"),
+    (rules.direct_unswapped_tile, direct(128, 128, swiglu=True), "not 128x64"),
+    (rules.direct_cluster_shares_tokens, direct(128, 128, cluster=(2, 1)), "not 2x1x1"),
+    (rules.direct_cluster_shares_tokens, direct(128, 16, cluster=(2, 1), swap_ab=True), "not 2x1x1"),
+    (rules.direct_cluster_shares_tokens, direct(128, 128, cluster=(1, 2), swap_ab=True), "not 1x2x1"),
+    (rules.swiglu_has_whole_scale_blocks, dataclasses.replace(sm90(256, 16, swap_ab=True), swiglu=True), "collectives"),
+    (rules.swiglu_has_whole_scale_blocks, direct(128, 16, swap_ab=True, swiglu=True), "not 128"),
+    (rules.swiglu_has_whole_scale_blocks, direct(128, 128, swiglu=True), "256 weights: not 128"),
 ]
 
 
@@ -90,12 +115,18 @@ GOOD_TILES = [
     *(sm90(128, n, swap_ab=True) for n in (8, 16, 32, 64, 96)),
     *(sm90(128, n, PINGPONG, swap_ab=True) for n in (16, 32, 64)),
     *(sm90(256, n, swap_ab=True) for n in (32, 64)),
+    *(direct(128, 128, cluster=cluster) for cluster in ((1, 1), (1, 2))),
+    *(direct(128, 256, cluster=cluster, swiglu=True) for cluster in ((1, 1), (1, 2))),
+    *(direct(128, n, swap_ab=True) for n in (8, 16, 32, 64)),
+    *(direct(256, n, swap_ab=True, swiglu=swiglu) for n in (8, 16, 32) for swiglu in (False, True)),
     sm90(128, 16, cluster=(2, 1), swap_ab=True),
 ]
 BAD_TILES = [
     *(sm90(m, n) for m, n in ((256, 128), (128, 256), (192, 128), (64, 128))),
     *(sm90(m, n, swap_ab=True) for m, n in ((128, 192), (64, 32), (64, 16), (128, 24), (128, 48))),
     *(sm90(m, n, PINGPONG) for m, n in ((128, 128), (64, 256))),
+    *(direct(m, n) for m, n in ((256, 128), (128, 256), (64, 128))),
+    *(direct(256, n, swap_ab=True, swiglu=True) for n in (24, 128)),
 ]
 
 
@@ -128,22 +159,52 @@ def test_name_is_an_identifier_that_tells_the_fields(item):
     v = item.variant
     assert re.fullmatch(r"sm\d+a_[a-z0-9_]+", v.name)
     assert f"_{v.tile.m}x{v.tile.n}x{v.tile.k}_{v.cluster.m}x{v.cluster.n}x1_" in v.name
-    assert v.name.endswith("_swap_ab") == v.swap_ab
+    assert re.search(r"(_swap_ab)?(_swiglu)?$", v.name)[0] == "_swap_ab" * v.swap_ab + "_swiglu" * v.swiglu
+    assert ("_direct_" in v.name) == (v.family == "direct")
     assert ("pingpong" in v.name) == ("Pingpong" in v.schedule.name)
 
 
 def test_name_example():
     name = "sm90a_fp8_block_128x16x128_1x1x1_warpspecialized_cooperative_swap_ab"
     assert sm90(128, 16, swap_ab=True).name == name
+    name = "sm90a_fp8_block_direct_256x16x128_1x1x1_warpspecialized_cooperative_swap_ab_swiglu"
+    assert direct(256, 16, swap_ab=True, swiglu=True).name == name
+
+
+@pytest.mark.parametrize("item", select("sm_90a"), ids=lambda item: item.variant.name)
+def test_yardsticks_are_the_collectives_of_sm90(item):
+    assert item.yardstick == (item.variant.family == "collective")
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_a_library_holds_no_yardsticks_by_default(arch):
+    assert default_entries(arch) == tuple(item for item in select(arch) if not item.yardstick) != ()
+    assert (default_entries(arch) == select(arch)) == (arch != "sm_90a")
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_library_serves_few_rows_and_many_with_and_without_the_activation(swiglu):
+    fitting = [item.variant for item in default_entries("sm_90a") if item.variant.swiglu == swiglu]
+    assert {v.swap_ab for v in fitting} == {False, True}
+    assert {v.family for v in fitting} == {"direct"}
 
 
 @pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.variant.name)
 def test_source_says_what_the_variant_is(item):
     v = item.variant
     text = emit.render(v.target, [item])[f"{v.name}.cu"]
-    assert KernelScheduleTag[v.schedule] in text
-    assert f"Shape<_{v.tile.m}, _{v.tile.n}, _{v.tile.k}>" in text
-    assert f"Shape<_{v.cluster.m}, _{v.cluster.n}, _1>" in text
+    if v.family == "collective":
+        assert KernelScheduleTag[v.schedule] in text
+        assert f"Shape<_{v.tile.m}, _{v.tile.n}, _{v.tile.k}>" in text
+        assert f"Shape<_{v.cluster.m}, _{v.cluster.n}, _1>" in text
+    else:
+        tokens, weights = reversed((v.tile.m, v.tile.n)) if v.swap_ab else (v.tile.m, v.tile.n)
+        columns = tokens if v.swap_ab else 128
+        assert f"MMA_64x{columns}x32_F32E4M3E4M3_SS_TN<>" in text
+        options = f"{v.swap_ab}, {v.swiglu}".lower()
+        assert f"Config<Mma, {tokens}, {weights}, {options}, {v.cluster.m * v.cluster.n}>" in text
+        extents = f"{v.tile.m}, {v.tile.n}, {v.tile.k}, {v.cluster.m}, {v.cluster.n}, {v.swap_ab},".lower()
+        assert extents in text and text.endswith(f"&Launch::check_abi, {str(v.swiglu).lower()},\n}};\n")
     assert f"const {v.name} = {{" in text
     assert "{{" not in text and "{%" not in text
 
@@ -185,15 +246,15 @@ def test_emit_writes_only_what_changed_and_removes_what_is_gone(tmp_path):
     assert [path.name for path in fewer.written] == ["registry.cu"]
     assert [path.name for path in fewer.removed] == [f"{entries[2].variant.name}.cu"]
     assert other.exists()
-    assert [unit.name for unit in fewer.units if unit.kind == "collective"] == [e.variant.name for e in entries[:2]]
+    assert [unit.name for unit in fewer.units if unit.kind == "direct"] == [e.variant.name for e in entries[:2]]
 
 
 def test_template_errors_name_the_template(tmp_path, monkeypatch):
     monkeypatch.setattr(emit, "TEMPLATES", tmp_path)
-    with pytest.raises(BuildError, match=r"templates/collective/fp8_block\.cu\.j2 does not exist"):
+    with pytest.raises(BuildError, match=r"templates/direct/fp8_block\.cu\.j2 does not exist"):
         emit.render(ARCHES["sm_90a"], select("sm_90a")[:1])
-    (tmp_path / "collective").mkdir()
-    (tmp_path / "collective" / "fp8_block.cu.j2").write_text("{{ v.no_such_field }}")
+    (tmp_path / "direct").mkdir()
+    (tmp_path / "direct" / "fp8_block.cu.j2").write_text("{{ v.no_such_field }}")
     with pytest.raises(BuildError, match="no_such_field"):
         emit.render(ARCHES["sm_90a"], select("sm_90a")[:1])
 
@@ -222,16 +283,40 @@ def test_list_json():
         "cluster": [1, 1, 1],
         "schedule": "PtrArrayBlockwiseTmaWarpSpecializedCooperative",
         "swap_ab": True,
+        "swiglu": False,
         "stages": "auto",
     }
+    fused = next(v for v in listed if v["swiglu"] and v["tile"] == [256, 16, 128])
+    assert (fused["family"], fused["swap_ab"], fused["name"].endswith("_swap_ab_swiglu")) == ("direct", True, True)
 
 
 @pytest.mark.parametrize(
     ("arguments", "count"),
-    [(("--arch", "sm_90a"), 14), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
+    [(("--arch", "sm_90a"), 28), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
 )
 def test_list_filters(arguments, count):
     assert len(json.loads(run("list", "--json", *arguments).stdout)) == count
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), default_entries("sm_90a")),
+        (("--yardsticks",), select("sm_90a")),
+        (("--only", "128x96x128*swap_ab"), select("sm_90a", only="128x96x128*swap_ab")),
+    ],
+    ids=["default", "yardsticks", "a yardstick by name"],
+)
+def test_build_chooses_its_variants(monkeypatch, tmp_path, options, expected):
+    asked = []
+
+    def note(arch, entries, out, **_):
+        asked.append((arch.name, entries, out))
+        return SimpleNamespace(library=None)
+
+    monkeypatch.setattr(command_line, "build_arch", note)
+    assert run("build", "--arch", "sm_90a", "--out", str(tmp_path), *options).exit_code == 0
+    assert asked == [("sm_90a", expected, tmp_path)] and expected
 
 
 @pytest.mark.parametrize(

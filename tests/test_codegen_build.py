@@ -30,8 +30,12 @@ from codegen.toolchain import Cutlass, Nvcc, Toolchain
 from . import fake_nvcc
 
 SM90 = ARCHES["sm_90a"]
-ENTRIES = select("sm_90a")[:2]
-COLLECTIVES = {item.variant.name for item in ENTRIES}
+ENTRIES = (
+    *select("sm_90a", only="direct_256x16x128*_swiglu"),
+    *select("sm_90a", only="fp8_block_128x16x128*cooperative_swap_ab"),
+)
+DIRECT, COLLECTIVE_NAME = (item.variant.name for item in ENTRIES)
+KERNELS = {DIRECT, COLLECTIVE_NAME}
 KERNEL_LOG = """\
 ptxas info    : Compiling entry function 'k' for 'sm_90a'
 ptxas info    : Function properties for k
@@ -44,15 +48,29 @@ def log(registers: int = 168, spill: int = 0, stack: int = 0) -> str:
     return "".join(f"// log: {line}\n" for line in lines)
 
 
-COLLECTIVE = """\
+KERNEL = """\
 #include "abi.h"
-#include "collective/launch.cuh"
+#include "FAMILY/launch.cuh"
 static int32_t run(MoeGroupedGemm const*) { return 0; }
 static int32_t check_abi(void) { return kAnswer; }
 extern "C" MoeVariant const {{ v.name }};
 extern "C" MoeVariant const {{ v.name }} = {"{{ v.name }}", {{ v.tile.m }}, {{ v.tile.n }}, {{ v.tile.k }},
-  {{ v.cluster.m }}, {{ v.cluster.n }}, {{ v.swap_ab | int }}, 7, 229376, 384, &run, &check_abi};
+  {{ v.cluster.m }}, {{ v.cluster.n }}, {{ v.swap_ab | int }}, 7, 229376, 384, &run, &check_abi,
+  {{ v.swiglu | int }}};
 """
+
+
+def stand_ins(templates: Path) -> None:
+    """Put a small template of either family into `templates`; both sources tell of themselves and compute nothing."""
+    for family in ("collective", "direct"):
+        folder = templates / family
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fp8_block.cu.j2").write_text(kernel(family))
+        (folder / "launch.cuh").write_text("constexpr int kAnswer = 0;\n")
+
+
+def kernel(family: str, **figures: int) -> str:
+    return log(**figures) + KERNEL.replace("FAMILY", family)
 
 
 @dataclass(frozen=True)
@@ -73,12 +91,10 @@ class Tree:
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     templates = tmp_path / "templates"
-    for folder in ("collective", "ops"):
-        (templates / folder).mkdir(parents=True)
+    (templates / "ops").mkdir(parents=True)
+    stand_ins(templates)
     for name in ("abi.h", "registry.cu.j2"):
         shutil.copy(TEMPLATES / name, templates / name)
-    (templates / "collective" / "fp8_block.cu.j2").write_text(log() + COLLECTIVE)
-    (templates / "collective" / "launch.cuh").write_text("constexpr int kAnswer = 0;\n")
     (templates / "ops" / "gather.cu").write_text(
         log(registers=40) + '#include "ops.cuh"\nint gather() { return kOps; }\n'
     )
@@ -96,9 +112,10 @@ def compiled(result) -> set[str]:
 
 
 def test_library_holds_the_selected_variants(tree):
-    entries = select("sm_90a", only="swap_ab")[:3]
+    entries = (*ENTRIES, *select("sm_90a", only="direct_128x8x128"))
     result = tree.build(entries)
     variants = library_variants(result.library)
+    assert [told.swiglu for told in variants.values()] == [1, 0, 0]
     assert list(variants) == [item.variant.name for item in entries]
     for item in entries:
         told, v = variants[item.variant.name], item.variant
@@ -118,13 +135,17 @@ def test_manifest_records_each_kernel(tree):
     assert recorded["library_hash"] == result.library_hash
     assert (recorded["nvcc"], recorded["cutlass"]) == (fake_nvcc.VERSION, "4.2.0")
     kernels = {kernel["name"]: kernel for kernel in recorded["kernels"]}
-    collective = kernels[ENTRIES[0].variant.name]
-    assert collective["registers"] == 168
-    assert collective["spill_bytes"] == 0
-    assert (collective["static_shared_memory"], collective["dynamic_shared_memory"]) == (1040, 229376)
-    assert collective["stages"] == 7
-    assert collective["compile_seconds"] > 0
-    assert collective["cached"] is False
+    assert {name: kernel["kind"] for name, kernel in kernels.items()} == {
+        DIRECT: "direct", COLLECTIVE_NAME: "collective", "gather": "op", "registry": "registry"
+    }  # fmt: skip
+    for name in KERNELS:
+        recorded = kernels[name]
+        assert recorded["registers"] == 168
+        assert recorded["spill_bytes"] == 0
+        assert (recorded["static_shared_memory"], recorded["dynamic_shared_memory"]) == (1040, 229376)
+        assert recorded["stages"] == 7
+        assert recorded["compile_seconds"] > 0
+        assert recorded["cached"] is False
     assert kernels["gather"]["registers"] == 40
     assert kernels["gather"]["dynamic_shared_memory"] is None
     assert all(ObjectCache(tree.cache).object(kernel["key"]).exists() for kernel in kernels.values())
@@ -132,7 +153,7 @@ def test_manifest_records_each_kernel(tree):
 
 def test_second_build_compiles_nothing(tree):
     first = tree.build()
-    assert compiled(first) == COLLECTIVES | {"gather", "registry"}
+    assert compiled(first) == KERNELS | {"gather", "registry"}
     second = tree.build()
     assert compiled(second) == set()
     assert second.library_hash == first.library_hash
@@ -154,9 +175,11 @@ def test_cache_does_not_depend_on_where_the_tree_lies(tree, tmp_path, monkeypatc
     [
         ("ops/ops.cuh", {"gather", "registry"}),
         ("ops/gather.cu", {"gather", "registry"}),
-        ("collective/launch.cuh", COLLECTIVES | {"registry"}),
-        ("collective/fp8_block.cu.j2", COLLECTIVES | {"registry"}),
-        ("abi.h", COLLECTIVES | {"registry"}),
+        ("collective/launch.cuh", {COLLECTIVE_NAME, "registry"}),
+        ("collective/fp8_block.cu.j2", {COLLECTIVE_NAME, "registry"}),
+        ("direct/launch.cuh", {DIRECT, "registry"}),
+        ("direct/fp8_block.cu.j2", {DIRECT, "registry"}),
+        ("abi.h", KERNELS | {"registry"}),
     ],
 )
 def test_a_change_recompiles_what_includes_it(tree, file, recompiled):
@@ -173,13 +196,13 @@ def test_another_toolchain_recompiles_everything(tree, part):
     tree.build()
     newer = dataclasses.replace(getattr(tree.toolchain, part), version="99.0.0")
     changed = dataclasses.replace(tree, toolchain=dataclasses.replace(tree.toolchain, **{part: newer}))
-    assert compiled(changed.build()) == COLLECTIVES | {"gather", "registry"}
+    assert compiled(changed.build()) == KERNELS | {"gather", "registry"}
 
 
-def test_spill_fails_the_build_and_is_not_forgotten(tree):
-    template = tree.templates / "collective" / "fp8_block.cu.j2"
-    template.write_text(log(registers=255, spill=276) + COLLECTIVE)
-    entries = ENTRIES[:1]
+@pytest.mark.parametrize(("family", "entries"), [("direct", ENTRIES[:1]), ("collective", ENTRIES[1:])])
+def test_spill_fails_the_build_and_is_not_forgotten(tree, family, entries):
+    template = tree.templates / family / "fp8_block.cu.j2"
+    template.write_text(kernel(family, registers=255, spill=276))
     for _ in range(2):  # the second time from the cache
         with pytest.raises(
             BuildError, match=rf"{entries[0].variant.name} spills registers: 552 B in k \(255 registers\)"
@@ -191,11 +214,12 @@ def test_spill_fails_the_build_and_is_not_forgotten(tree):
     assert result.kernels[0].spill_bytes == 552
 
 
-def test_serialised_wgmma_fails_the_build(tree):
+@pytest.mark.parametrize("family", ["direct", "collective"])
+def test_serialised_wgmma_fails_the_build(tree, family):
     message = (
         "// log: ptxas info : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\n"
     )
-    template = tree.templates / "collective" / "fp8_block.cu.j2"
+    template = tree.templates / family / "fp8_block.cu.j2"
     template.write_text(message + template.read_text())
     with pytest.raises(BuildError, match="serialised its wgmma"):
         tree.build()
@@ -221,9 +245,9 @@ def test_what_finished_beside_a_failure_is_kept(tree):
     good = op.read_text()
     op.write_text("// fail\n")
     with pytest.raises(BuildError):
-        tree.build(jobs=1)  # gather is expected to be quicker than the collectives, so it comes after them
+        tree.build(jobs=1)  # expected: the collective takes longest, so it comes first; the direct kernel as an op
     op.write_text(good)
-    assert compiled(tree.build()) == {"gather", "registry"}
+    assert compiled(tree.build()) == {DIRECT, "gather", "registry"}
 
 
 def test_undefined_symbol_fails_the_link(tree):
@@ -264,6 +288,18 @@ def test_interrupted_build_kills_its_compiler_and_goes_on_later(tree, tmp_path):
     assert compiled(tree.build(entries)) <= {"slow", "registry"}
 
 
+@pytest.mark.parametrize("moment", ["starts", "finishes"])
+def test_interruption_as_a_compile_starts_or_finishes_leaves_no_folder(tree, monkeypatch, moment):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    name = {"starts": "subprocess.Popen", "finishes": "_Batch.report"}[moment]
+    monkeypatch.setattr(f"codegen.compile.{name}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tree.build(jobs=1)
+    assert not list(tree.cache.glob("compiling-*"))
+
+
 def test_stopped_command_says_that_it_can_go_on(monkeypatch):
     def stopped(*_, **__):
         raise KeyboardInterrupt
@@ -284,7 +320,7 @@ def test_progress_tells_figures_and_time_left(tree):
 def test_time_left_starts_from_recorded_seconds(tree):
     tree.build()
     seconds = json.loads((tree.cache / "seconds.json").read_text())
-    assert set(seconds) == COLLECTIVES | {"gather", "registry"}
+    assert set(seconds) == KERNELS | {"gather", "registry"}
 
 
 @pytest.mark.parametrize(

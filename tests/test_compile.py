@@ -11,12 +11,14 @@ import sys
 import pytest
 
 from codegen.arch import ARCHES
-from codegen.build import Build, build, library_variants, read_manifest
+from codegen.build import FLAGS, Build, build, library_variants, read_manifest
 from codegen.catalogue import Entry, select
+from codegen.emit import include_folders
 from codegen.errors import ToolchainMissing
 from codegen.files import TEMPLATES, cache_folder
 from codegen.objects import ObjectCache
 from codegen.toolchain import NVCC_PACKAGES, Toolchain, find_toolchain
+from moe_runtime.kernels import KernelLibrary
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
@@ -26,15 +28,21 @@ SM90_SHARED_MEMORY = 227 * 1024  # what one thread block may have
 
 def chosen(arch: str, *patterns: str) -> tuple[Entry, ...]:
     entries = tuple(entry for pattern in patterns for entry in select(arch, only=pattern))
-    assert len(entries) == len(patterns)
+    assert len(entries) == len(set(entries)) == len(patterns)
     return entries
 
 
 SUBSET = {
-    "sm_90a": chosen("sm_90a", "128x128x128_1x1x1_*cooperative", "128x16x128_1x1x1_*cooperative_swap_ab"),
+    "sm_90a": chosen(
+        "sm_90a",
+        "direct_128x128x128_1x1x1_*cooperative",
+        "direct_256x16x128_1x1x1_*_swiglu",
+        "fp8_block_128x16x128_1x1x1_*cooperative_swap_ab",
+    ),
     "sm_100a": chosen("sm_100a", "fp8_block_256x128x128_2x1x1_2sm_swap_ab", "nvfp4_128x64x256"),
     "sm_120a": chosen("sm_120a", "nvfp4*cooperative"),
 }
+DIRECT = [entry.variant for entry in SUBSET["sm_90a"] if entry.variant.family == "direct"]
 
 
 @pytest.fixture(scope="session")
@@ -75,20 +83,40 @@ def test_no_kernel_spills_unless_allowed(built):
 
 
 def test_registers_were_told_for_every_kernel(built):
-    collectives = [kernel for kernel in built.kernels if kernel.kind == "collective"]
-    assert collectives
-    for kernel in collectives:
+    names = {entry.variant.name for entry in SUBSET[built.arch.name]}
+    gemms = [kernel for kernel in built.kernels if kernel.kind in ("collective", "direct")]
+    assert {kernel.name for kernel in gemms} == names
+    for kernel in gemms:
         assert 0 < kernel.registers <= 255
         assert kernel.compile_seconds > 0
 
 
+def test_direct_kernels_are_quick_to_compile_and_spill_nothing(sm90):
+    direct = [kernel for kernel in sm90.kernels if kernel.kind == "direct"]
+    assert {kernel.name for kernel in direct} == {v.name for v in DIRECT} and len(direct) == 2
+    for kernel in direct:
+        assert kernel.compile_seconds <= 15
+        assert kernel.spill_bytes == 0
+
+
+@pytest.mark.parametrize("v", DIRECT, ids=lambda v: v.name)
+def test_direct_kernels_multiply_on_tensor_cores_in_fp8(sm90, toolchain, tmp_path, v):
+    """Read from PTX, for pip's nvcc has no disassembler with it; that ptxas serialises nothing is the build's check."""
+    source, ptx = sm90.library.parent / f"{v.name}.cu", tmp_path / "kernel.ptx"
+    flags = (*(flag for flag in FLAGS if flag not in ("-Xptxas", "-v")), *v.target.flags, v.target.gencode)
+    includes = [f"-I{folder}" for folder in (*include_folders(), toolchain.cutlass.include)]
+    subprocess.run([toolchain.nvcc.path, *flags, *includes, "-ptx", "-o", ptx, source], check=True)
+    multiplied = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx.read_text()))
+    assert multiplied == {f"m64n{v.instruction_n}k32.f32.e4m3.e4m3"}
+
+
 def test_library_manifest_tells_stages_and_shared_memory(sm90):
     kernels = {kernel.name: kernel for kernel in sm90.kernels}
-    plain, swapped = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
-    for kernel in (plain, swapped):
+    plain, swapped, collective = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
+    for kernel in (plain, swapped, collective):
         assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
-    # A stage of the swapped tile is about half as large, so about twice as many fit.
-    assert swapped.stages > plain.stages >= 3
+    # The larger the tile, the fewer stages of it fit: 256x16 and 128x128, against 128x16.
+    assert collective.stages > swapped.stages > plain.stages >= 3
     recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
     assert recorded["library"] == sm90.library.name
 
@@ -106,7 +134,11 @@ def test_library_answers_without_a_gpu(sm90):
         assert told.check_abi() == 0
         assert (told.tile_m, told.tile_n, told.tile_k) == (v.tile.m, v.tile.n, v.tile.k)
         assert (told.cluster_m, told.cluster_n, told.swap_ab) == (v.cluster.m, v.cluster.n, v.swap_ab)
+        assert told.swiglu == v.swiglu
         assert told.threads == 384  # one producer warpgroup and two that multiply
+    read = KernelLibrary(sm90.library).variants
+    assert [variant.swiglu for variant in read.values()] == [False, True, False]
+    assert [variant.weight_rows for variant in read.values()] == [128, 256, 128]
     library = ctypes.CDLL(str(sm90.library))
     library.moe_library_hash.restype = ctypes.c_char_p
     assert library.moe_library_hash().decode() == sm90.library_hash

@@ -49,6 +49,38 @@ def test_largest_value_is_exact() -> None:
     assert values.float().abs().max() == 448
 
 
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 2**31), st.floats(-8, 8), st.floats(-25, 25))
+def test_no_value_moves_by_more_than_its_rounding(
+    tokens: int, blocks: int, seed: int, spread: float, magnitude: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, 128 * blocks, generator=generator) * 10**magnitude
+    x = x * torch.exp(spread * torch.randn(x.shape, generator=generator))
+    values, scale = fp8_block.quantise_rows(x)
+    moved = (fp8_block.dequantise_rows(values, scale, torch.float64) - x.double()).abs()
+    rounding = fp8_block.rounding_of_rows(x).double()
+    # A value is at most 2^5 times its rounding, and float32 puts it that much off at 2^-23 of itself.
+    assert (moved <= rounding * (1 + 2**-17)).all()
+
+
+def test_rounding_by_hand() -> None:
+    """Under a scale of 1: half of e4m3's eighth in each binade, and of 2^-9 among the subnormal values below 2^-6."""
+    x = torch.zeros(1, 128)
+    x[0, :8] = torch.tensor([448.0, 255.0, 256.0, -1.0, 1.99, 2**-6, 2**-7, -(2**-12)])
+    expected = torch.tensor([16.0, 8.0, 16.0, 2**-4, 2**-4, 2**-10, 2**-10, 2**-10])
+    assert fp8_block.rounding_of_rows(x)[0, :8].equal(expected)
+    assert fp8_block.rounding_of_rows(x)[0, 8:].eq(2**-10).all()
+
+
+def test_halfway_values_move_by_their_rounding() -> None:
+    x = torch.zeros(2, 256)
+    x[:, ::128] = 448.0
+    x[:, 1::128], x[:, 2::128], x[:, 3::128] = 1 + 2**-4, 248.0, 2**-10
+    values, scale = fp8_block.quantise_rows(x)
+    moved = (fp8_block.dequantise_rows(values, scale) - x).abs()
+    assert moved[:, 1:4].equal(fp8_block.rounding_of_rows(x)[:, 1:4]) and (moved[:, 1:4] > 0).all()
+
+
 def test_rows_keep_leading_dimensions() -> None:
     x = torch.randn(2, 3, 256)
     values, scale = fp8_block.quantise_rows(x)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from codegen.catalogue import select
+from codegen.catalogue import default_entries, select
 
 from . import fake_nvcc
-from .test_codegen_build import COLLECTIVE
+from .test_codegen_build import stand_ins
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -88,8 +88,7 @@ def test_without_arch_or_nvcc_the_install_is_cpu_only(checkout, tmp_path, enviro
 
 
 def test_with_arch_and_nvcc_the_wheel_carries_the_library(checkout):
-    (checkout / "templates" / "collective" / "fp8_block.cu.j2").write_text(COLLECTIVE)
-    (checkout / "templates" / "collective" / "launch.cuh").write_text("constexpr int kAnswer = 0;\n")
+    stand_ins(checkout / "templates")
     for op in (checkout / "templates" / "ops").iterdir():
         op.unlink()
     nvcc = fake_nvcc.install(checkout.parent / "bin")
@@ -100,4 +99,4 @@ def test_with_arch_and_nvcc_the_wheel_carries_the_library(checkout):
     assert set(manifest["archs"]) == {"sm_90a"}
     assert archive.getinfo(f"moe_runtime/lib/{manifest['archs']['sm_90a']['library']}").file_size > 0
     kernels = {kernel["name"] for kernel in manifest["archs"]["sm_90a"]["kernels"]}
-    assert kernels == {item.variant.name for item in select("sm_90a")} | {"registry"}
+    assert kernels == {item.variant.name for item in default_entries("sm_90a")} | {"registry"}

@@ -54,11 +54,11 @@ def test_nothing_is_timed_after_the_deadline() -> None:
 
 
 def test_the_cost_model_spares_the_hopeless_but_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    predicted = {"plain": [900.0], "quick": [50.0], "fair": [70.0], "hopeless": [80.0]}
+    predicted = {"plain": [900.0], "quick": [50.0], "fair": [65.0], "hopeless": [80.0]}
     monkeypatch.setattr(tuner, "predict", lambda *_: predicted)
     executor = FakeExecutor({"plain": 100, "quick": 50, "fair": 70, "hopeless": 1, "unknown": 60})
     weights = FP8BlockWeights.random(CONFIG, problem().num_local_experts)
     choice = tune(problem(), weights, executor, 1, "balanced").entries[0].gemm1
     assert choice.tactic == "quick"
     assert set(choice.timings) == {"plain", "quick", "fair", "unknown"}  # what the model does not know races too
-    assert choice.predicted == {"plain": 900, "quick": 50, "fair": 70, "hopeless": 80}
+    assert choice.predicted == {"plain": 900, "quick": 50, "fair": 65, "hopeless": 80}

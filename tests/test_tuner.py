@@ -17,6 +17,7 @@ from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import Executor, Gemm, MoEProblem, TacticPair
 from moe_runtime.kernels import KernelVariant
 from moe_runtime.parallel import Parallel
+from moe_runtime.reference import relative_error
 from moe_runtime.tuning import Plan, plan_lock, tune
 from moe_runtime.tuning.session import tune_into
 from moe_runtime.weights import FP8BlockWeights
@@ -50,6 +51,9 @@ class FakeTrial:
     def reference(self) -> tuple[Tensor, Tensor]:
         index = torch.tensor([0, 2, ROWS - 1])
         return index, self.values[index]
+
+    def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
+        return relative_error(rows, expected)
 
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
         self.timed.append(tuple(tactics))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from string import ascii_uppercase
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from ..errors import MoEError
 from ..executors.base import GEMMS, Gemm, MoEProblem
 from ..tuning import GemmChoice, Plan
 from ..tuning.cost import gemm_bytes
-from ..tuning.plan_tools import choices, config_of, serving_bucket
+from ..tuning.plan_tools import choices, config_of, serving_bucket, timed_workloads
 from ..workload import make_workload
 
 
@@ -88,12 +89,11 @@ class Tuned:
         columns, depth = self.problem.gemm_shape(gemm)
         points = []
         for bucket, choice in self.choices(gemm):
-            rows = self.rows_per_expert[bucket]
-            if choice.us is not None and int(rows.sum()):
-                flops = 2 * int(rows.sum()) * columns * depth
-                points.append(
-                    Point(bucket, flops / gemm_bytes(rows.tolist(), (columns, depth)), flops / choice.us * 1e-6)
-                )
+            timed = timed_workloads(self.plan, bucket)  # means, as times are
+            flops = 2 * fmean(workload.local_slots for workload in timed) * columns * depth
+            if choice.us is not None and flops:
+                moved = fmean(gemm_bytes(each.rows_per_expert.tolist(), (columns, depth)) for each in timed)
+                points.append(Point(bucket, flops / moved, flops / choice.us * 1e-6))
         return points
 
 

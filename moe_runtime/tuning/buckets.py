@@ -27,7 +27,7 @@ def plan_buckets(
 ) -> tuple[int, ...]:
     """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1."""
     tiles = {variant.token_tile for variant in executor.variants.values()}
-    return propose(problem, tune_max_num_tokens, sorted(tiles), smeared=distribution != "balanced")
+    return propose(problem, tune_max_num_tokens, sorted(tiles), _smears(distribution))
 
 
 def propose(
@@ -53,15 +53,20 @@ def propose(
     return tuple(sorted(chosen))
 
 
-def served_range(bucket: int, buckets: Sequence[int], smeared: bool) -> tuple[int, ...]:
+def served_range(bucket: int, buckets: Sequence[int], distribution: str) -> tuple[int, ...]:
     """The tokens at which a bucket's tactics are timed: its own, and where experts get unequal rows the most it serves.
 
     Smeared, tiles overflow one expert after the other on the way to the next bucket. On an H200 tactics tuned at the
     bucket alone took up to 20 % more than the best just below the next one.
     """
     later = [other for other in buckets if other > bucket]
-    last = min(later) - 1 if smeared and later else bucket
+    last = min(later) - 1 if _smears(distribution) and later else bucket
     return (bucket,) if last == bucket else (bucket, last)
+
+
+def _smears(distribution: str) -> bool:
+    """Whether experts get unequal rows."""
+    return distribution != "balanced"
 
 
 def _halve_gaps(chosen: set[int], low: int, high: int) -> None:

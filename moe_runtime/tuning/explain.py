@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from statistics import fmean
 
 from ..errors import MoEError
 from ..executors.base import Gemm, MoEProblem
 from ..roofs import ROOFS
-from ..workload import Workload, make_workload
+from ..workload import Workload
 from .cost import gemm_bytes
 from .plan import GemmChoice, PairTiming, Plan, PlanEntry, Timing
-from .plan_tools import choices, config_of, serving_bucket, serving_entry
+from .plan_tools import choices, config_of, serving_bucket, serving_entry, timed_workloads
 
 
 @dataclass(frozen=True)
@@ -91,11 +92,11 @@ class Explanation:
 def explain(plan: Plan, tokens: int) -> Explanation:
     """What serves a call of `tokens` tokens per rank under the plan, and why. Raises PlanRefused for a damaged key."""
     key, bucket, entry = plan.key, serving_bucket(plan, tokens), serving_entry(plan, tokens)
-    config = config_of(key)
-    workload: Workload | None = None
+    config_of(key)  # refuses a damaged key; a workload that cannot be made here is no reason to
+    workloads: Sequence[Workload] = ()
     try:
-        workload = make_workload(config, key.parallel, bucket, key.distribution, plan.seed, key.dispatch)
-        rows_per_expert: RowsPerExpert | str = _spread(workload)
+        workloads = timed_workloads(plan, bucket)
+        rows_per_expert: RowsPerExpert | str = _spread(workloads[0])
     except MoEError as error:
         rows_per_expert = f"unknown here: {error}"
     pairs = () if entry is None else tuple(sorted(entry.layer, key=lambda pair: pair.timing.us))
@@ -105,7 +106,7 @@ def explain(plan: Plan, tokens: int) -> Explanation:
             gemm=gemm,
             tactic=choice.tactic,
             decision=_decision(plan, choice) if not pairs else "its own times left a doubt: the layer's decide",
-            roof=None if workload is None else _roof(key.device, workload, gemm),
+            roof=_roof(key.device, workloads, gemm),
             candidates=tuple(_candidates(plan, choice, raced)),
         )
         for gemm, choice in (choices(entry) if entry is not None else ())
@@ -138,13 +139,14 @@ def _spread(workload: Workload) -> RowsPerExpert:
     return RowsPerExpert(rows.numel(), int(rows.min()), float(rows.float().mean()), int(rows.max()))
 
 
-def _roof(device: str, workload: Workload, gemm: Gemm) -> Roof | None:
+def _roof(device: str, workloads: Sequence[Workload], gemm: Gemm) -> Roof | None:
+    """The mean over the workloads, as times are."""
     roofs = ROOFS.get(device)
-    if roofs is None:
+    if roofs is None or not workloads:
         return None
-    shape = MoEProblem(workload.config, workload.parallel).gemm_shape(gemm)
-    moved = gemm_bytes(workload.rows_per_expert.tolist(), shape)
-    flops = 2 * workload.local_slots * shape[0] * shape[1]
+    shape = MoEProblem(workloads[0].config, workloads[0].parallel).gemm_shape(gemm)
+    moved = fmean(gemm_bytes(workload.rows_per_expert.tolist(), shape) for workload in workloads)
+    flops = fmean(2 * workload.local_slots * shape[0] * shape[1] for workload in workloads)
     return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / roofs.block_scaled_tflops / 1e6)
 
 

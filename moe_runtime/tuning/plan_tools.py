@@ -12,6 +12,8 @@ from typing import Any, Literal
 from ..config import MoEConfig, RoutingMethod
 from ..errors import InvalidArgument, PlanRefused
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
+from ..workload import Workload, make_workload
+from .buckets import served_range
 from .plan import GemmChoice, Plan, PlanEntry, PlanKey, plan_lock
 
 SETTINGS = ("seed", "samples", "margin", "confidence")
@@ -59,6 +61,18 @@ def config_of(key: PlanKey) -> MoEConfig:
         )
     except (KeyError, ValueError) as error:
         raise PlanRefused(f"plan: damaged, its key names no layer ({error}); tune again") from error
+
+
+def timed_workloads(plan: Plan, bucket: int) -> list[Workload]:
+    """What a bucket's times are the mean of, in the first sample and seen from rank 0; the bucket's own tokens first.
+
+    Raises MoEError where a workload cannot be made again, as when a recorded distribution's file is gone.
+    """
+    key, config = plan.key, config_of(plan.key)
+    return [
+        make_workload(config, key.parallel, tokens, key.distribution, plan.seed, key.dispatch)
+        for tokens in served_range(bucket, plan.buckets, key.distribution)
+    ]
 
 
 Verdict = Literal["matters", "noise", "unknown"]

@@ -169,7 +169,7 @@ class _Task:
 
     def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
         config, parallel = self.problem.config, self.problem.parallel
-        ends = served_range(bucket, self.buckets, smeared=self.distribution != "balanced")
+        ends = served_range(bucket, self.buckets, self.distribution)
         samples = [
             [
                 make_workload(config, parallel, tokens, self.distribution, self.seed + sample, self.dispatch)

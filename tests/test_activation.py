@@ -1,0 +1,34 @@
+"""SwiGLU in torch against its formula in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from moe_runtime.activation import swiglu
+
+
+def exact(gate: np.ndarray, up: np.ndarray, clamp_limit: float | None) -> np.ndarray:
+    if clamp_limit is not None:
+        gate, up = np.minimum(gate, clamp_limit), np.clip(up, -clamp_limit, clamp_limit)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("clamp_limit", [None, 1.5, 7.0])
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_against_float64(dtype: torch.dtype, gate_first: bool, clamp_limit: float | None) -> None:
+    rows = (6 * torch.randn(2, 5, 256, generator=torch.Generator().manual_seed(0))).to(dtype)
+    first, second = rows.double().numpy()[..., :128], rows.double().numpy()[..., 128:]
+    gate, up = (first, second) if gate_first else (second, first)
+    found = swiglu(rows, gate_first, clamp_limit)
+    assert (found.shape, found.dtype) == ((2, 5, 128), torch.float32)
+    np.testing.assert_allclose(found.double().numpy(), exact(gate, up, clamp_limit), rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_is_cut_above_and_up_on_both_sides() -> None:
+    """silu(2) = 1.7616 and silu(-50) = -0: a gate far below the limit shuts, and is not lifted to it."""
+    gate_up = torch.tensor([[9.0, -50.0, 2.0, 9.0, 3.0, -9.0]])
+    torch.testing.assert_close(swiglu(gate_up, True, 2.0), 1.7615942 * torch.tensor([[2.0, 0.0, -2.0]]))
+    assert swiglu(gate_up, True, None)[0, 0] == pytest.approx(81, rel=1e-3)
