@@ -31,7 +31,7 @@ from benchmarks.common import (
     reference_points,
     write_json,
 )
-from moe_runtime.executors.base import GEMMS, GemmTrial
+from moe_runtime.executors.base import GEMMS, GemmTrial, able_tactics
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.weights import random_weights
 from moe_runtime.workload import make_workload
@@ -69,8 +69,7 @@ def main(json: Annotated[Path | None, typer.Option()] = None, rows: str = "", re
                 workload = make_workload(shape.config, shape.parallel, m * groups // shape.config.top_k, "balanced")
                 assert set(workload.rows_per_expert.tolist()) == {m}
                 trial = CudaGemmTrial(executor, shape, weights, workload, gemm, seed=0, alone=True)
-                names = [n for n in executor.tactics(shape, gemm) if executor.can_implement(shape, gemm, n) is None]
-                samples = trial.time(names, repeats)
+                samples = trial.time(able_tactics(executor, shape, gemm), repeats)
                 times = {name: round(statistics.median(values), 2) for name, values in samples.items()}
                 rested = _rested(trial, sorted(times, key=times.__getitem__)[:FINALISTS])
                 best = min(rested, key=rested.__getitem__)

@@ -34,7 +34,7 @@ from benchmarks.common import (
     write_json,
 )
 from moe_runtime import FP8BlockWeights
-from moe_runtime.executors.base import GEMMS, Gemm, LayerInputs, MoEProblem
+from moe_runtime.executors.base import GEMMS, Gemm, LayerInputs, MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.kernels import Stage
 from moe_runtime.weights import random_weights
@@ -157,7 +157,7 @@ def _fastest(executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights
 def _contenders(
     executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm
 ) -> list[str]:
-    able = [name for name in executor.tactics(shape, gemm) if executor.can_implement(shape, gemm, name) is None]
+    able = able_tactics(executor, shape, gemm)
     samples = executor.gemm_trial(shape, weights, workload, gemm, seed=0).time(able, 9)
     return sorted(able, key=lambda name: statistics.median(samples[name]))[:2]
 

@@ -50,7 +50,7 @@ from rich.table import Table
 from benchmarks.common import cuda_executor, problem, provenance, write_json
 from moe_runtime import FP8BlockWeights, MoEConfig, Plan
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair
+from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.parallel import Parallel
 from moe_runtime.tuning import tune
@@ -139,11 +139,7 @@ class Bench:
         return self.times[distribution, tokens]
 
     def _survey_gemm(self, workload: Workload, gemm: Gemm, named: set[str]) -> dict[str, float]:
-        tactics = [
-            tactic
-            for tactic in self.executor.tactics(self.problem, gemm)
-            if self.executor.can_implement(self.problem, gemm, tactic) is None
-        ]
+        tactics = able_tactics(self.executor, self.problem, gemm)
         trial = self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
         scouted = _medians(trial.time(tactics, SCOUT_ROUNDS))
         limit = NEAR * min(scouted.values())

@@ -170,7 +170,7 @@ def markdown(entries: Sequence[Entry] = CATALOGUE) -> str:
             v = e.variant
             if (v.arch, v.format) == (arch, format):
                 spill = f"; spills accepted: {e.allow_spill}" if e.allow_spill else ""
-                spill += "; yardstick" if e.yardstick else ""
+                yardstick = "; yardstick" if e.yardstick else ""
                 swapped = "yes" if v.swap_ab else ""
-                lines.append(f"| `{v.name}` | {v.tile} | {v.cluster} | {swapped} | {e.why}{spill} |")
+                lines.append(f"| `{v.name}` | {v.tile} | {v.cluster} | {swapped} | {e.why}{spill}{yardstick} |")
     return "\n".join(lines) + "\n"

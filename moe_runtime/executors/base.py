@@ -264,3 +264,9 @@ class Executor(Protocol):
     def layer_trial(self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int) -> LayerTrial:
         """A trial of the layer on the workload's ids."""
         ...
+
+
+def able_tactics(executor: Executor, problem: MoEProblem, gemm: Gemm) -> list[str]:
+    """The tactics of a GEMM that can run here."""
+    tactics = executor.tactics(problem, gemm)
+    return [tactic for tactic in tactics if executor.can_implement(problem, gemm, tactic) is None]

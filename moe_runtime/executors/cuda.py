@@ -67,7 +67,7 @@ class CudaExecutor:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """The direct kernel whose smallest token tile holds the mean rows per expert; gemm1's fuses the activation.
+        """The direct kernel with the least token tile that holds the mean rows per expert; fused with SwiGLU for gemm1.
 
         Means hide the spread over experts: what else there is, is left to tuning.
         """

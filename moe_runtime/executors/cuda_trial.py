@@ -14,7 +14,7 @@ from ..kernels import LayerArguments, Stage
 from ..reference import relative_error
 from ..weights import FP8BlockWeights
 from ..workload import Workload
-from .base import Gemm, MoEProblem, TacticPair, random_inputs
+from .base import Gemm, MoEProblem, TacticPair, able_tactics, random_inputs
 
 if TYPE_CHECKING:
     from .cuda import CudaExecutor
@@ -50,13 +50,15 @@ class CudaGemmTrial:
         inputs = random_inputs(problem, workload, seed, device)
         workspace = torch.empty(executor.workspace_bytes(problem, tokens), dtype=torch.uint8, device=device)
         self._kept = (weights, inputs, workspace)  # of which the arguments hold addresses
-        names = [n for n in executor.tactics(problem, gemm) if executor.can_implement(problem, gemm, n) is None]
-        other = executor.default_tactic(problem, "gemm2" if gemm == "gemm1" else "gemm1", tokens)
-        arguments: dict[str, LayerArguments] = {
-            name: executor.arguments(
-                problem, weights, inputs, (name, other) if gemm == "gemm1" else (other, name), None, workspace
-            )
-            for name in names
+
+        def call(gemm1: str, gemm2: str) -> LayerArguments:
+            return executor.arguments(problem, weights, inputs, (gemm1, gemm2), None, workspace)
+
+        # Runs as either GEMM and fuses nothing, so that the preparing stages leave their own results.
+        plain = next(name for name, variant in executor.variants.items() if not variant.swiglu)
+        arguments = {
+            name: call(name, plain) if gemm == "gemm1" else call(plain, name)
+            for name in able_tactics(executor, problem, gemm)
         }
         n, k = problem.gemm_shape(gemm)
         rows, slots = workload.local_slots, tokens * problem.config.top_k
@@ -80,11 +82,10 @@ class CudaGemmTrial:
             self._output = view("gemm2_output", (slots, n), torch.bfloat16)
             self._expert_weights, self._expert_scales = weights.down, weights.down_scale
             prepare |= Stage.ACTIVATION
-        plain = next(name for name in executor.variants if not executor.variants[name].swiglu)
-        executor.launch(executor.arguments(problem, weights, inputs, (plain, plain), None, workspace), prepare)
+        executor.launch(call(plain, plain), prepare)
         stages = Stage.GEMM1 if gemm == "gemm1" else Stage.GEMM2
-        if not alone:
-            stages |= Stage.ACTIVATION if gemm == "gemm1" else Stage(0)
+        if gemm == "gemm1" and not alone:
+            stages |= Stage.ACTIVATION
 
         def launch(tactic: str) -> None:
             executor.launch(arguments[tactic], stages)

@@ -83,13 +83,13 @@ def _stay(us: Mapping[str, float], default: str) -> list[str]:
     return [tactic for tactic in us if us[tactic] <= limit or tactic == default]
 
 
-class _Trial(Protocol[T]):
+class Trial(Protocol[T]):
     """A `GemmTrial` or a `LayerTrial`."""
 
     def time(self, names: Sequence[T], repeats: int, /) -> dict[T, list[float]]: ...
 
 
-def race(trials: Sequence[_Trial[T]], names: Sequence[T], rounds: int, deadline: float) -> dict[T, Times]:
+def race(trials: Sequence[Trial[T]], names: Sequence[T], rounds: int, deadline: float) -> dict[T, Times]:
     """Microseconds [samples, rounds] by name. Raises OutOfTime."""
     if time.monotonic() > deadline:
         raise OutOfTime
@@ -97,9 +97,7 @@ def race(trials: Sequence[_Trial[T]], names: Sequence[T], rounds: int, deadline:
     return {name: np.array([times[name] for times in by_trial]) for name in names}
 
 
-def final(
-    trials: Sequence[_Trial[T]], names: Sequence[T], before: Mapping[T, Times], deadline: float
-) -> dict[T, Times]:
+def final(trials: Sequence[Trial[T]], names: Sequence[T], before: Mapping[T, Times], deadline: float) -> dict[T, Times]:
     """The race that decides, of a length that suits the times from before. Raises OutOfTime."""
     round_seconds = 1e-6 * sum(float(before[name][:, -1].sum()) for name in names)
     seconds = min(RACE_SECONDS * len(trials), deadline - time.monotonic())

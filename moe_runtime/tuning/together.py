@@ -7,22 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from ..executors.base import GemmTrial
+from .profiler import Trial
 
 T = TypeVar("T", bound=Hashable)
 
 
-class _Timed(Protocol[T]):
-    def time(self, names: Sequence[T], repeats: int, /) -> dict[T, list[float]]: ...
-
-
 @dataclass(frozen=True)
 class Together(Generic[T]):
-    trials: Sequence[_Timed[T]]
+    trials: Sequence[Trial[T]]
 
     def time(self, names: Sequence[T], repeats: int) -> dict[T, list[float]]:
         """Microseconds of each repeat by name, mean over the trials."""

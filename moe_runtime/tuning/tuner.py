@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -220,9 +221,10 @@ class _Task:
         refused = {tactic: executor.can_implement(problem, gemm, tactic) for tactic in tactics}
         rejected = {tactic: reason for tactic, reason in refused.items() if reason is not None}
         rejected |= {tactic: self.quarantined[tactic] for tactic in tactics if tactic in self.quarantined}
+        by_sample = [predict(executor, problem, gemm, sample) for sample in samples]
         predicted = {
-            tactic: objective_us(np.array(us)[:, None], self.rule.objective)
-            for tactic, us in predict(executor, problem, gemm, workloads).items()
+            tactic: objective_us(np.array([[fmean(us[tactic])] for us in by_sample]), self.rule.objective)
+            for tactic in by_sample[0]
             if tactic not in rejected
         }
         pruned = predicted.keys() - promising(predicted) - {default}
