@@ -97,8 +97,8 @@ class Variant:
 
     @property
     def instruction_n(self) -> int:
-        """Columns of a direct kernel's wgmma. Unswapped, SwiGLU takes its tile of gate and up in two passes."""
-        return self.tile.n // 2 if self.swiglu and not self.swap_ab else self.tile.n
+        """Columns of one wgmma: unswapped, a direct kernel takes its weight tile by scale blocks."""
+        return 128 if self.family == "direct" and not self.swap_ab else self.tile.n
 
     @property
     def token_cluster(self) -> int:

@@ -1,7 +1,8 @@
 // What a direct grouped GEMM is at compile time, how it divides shared memory, and what a launch passes to it.
 //
-// Operand A has the tile's 128 or 256 rows, 64 of each 128 for either math warpgroup; operand B has the columns of one
-// wgmma. Tokens are A where there are many of them, B (swap_ab) where a tile of 8 to 64 holds an expert's.
+// A tile is operand A's 128 or 256 rows by operand B's columns. Tokens are A where there are many of them, B (swap_ab)
+// where a tile of 8 to 64 holds an expert's. Either way an instruction multiplies with one block of 128 weights, so that
+// its result has one weight scale.
 #pragma once
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -17,47 +18,45 @@ constexpr int kTileK = kBlock;  // one row of the 128-byte swizzle, and one scal
 constexpr int kInstructionK = 32;
 constexpr int kMathWarps = 8;
 constexpr int kMathThreads = kMathWarps * 32;
-constexpr int kThreads = kMathThreads + 128;  // and a producer warpgroup: one warp for tiles, one for scales
+constexpr int kThreads = kMathThreads + 128;  // and a producer warpgroup: a warp for tiles, one for scales, one for the list
 constexpr int kMaxGroups = 1024;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 10;
+constexpr int kTilesAhead = 2;
 constexpr int kStagingPad = 16;  // bytes between rows of the staged output: without it they share their banks
 
-// kSwiglu: the tile holds as many rows of gate as of up, and the epilogue writes e4m3 activations and their scales.
-// kCluster: thread blocks with neighbouring weight tiles, which share one load of the tokens.
-template <class Mma_, int kTokens_, int kWeights_, bool kSwapAB_, bool kSwiglu_, int kCluster_>
+struct alignas(16) Tile {
+  int group, first_row, rows;  // rows: how many of the tile's token rows are the group's
+  int weight_tile;
+};
+
+// kSwiglu: the tile holds 128 rows of gate and the same of up, and the epilogue writes e4m3 activations and their scales.
+template <class Mma_, int kTokens_, int kWeights_, bool kSwapAB_, bool kSwiglu_>
 struct Config {
   using Mma = Mma_;
-  static constexpr int kTokens = kTokens_, kWeights = kWeights_, kCluster = kCluster_;
+  static constexpr int kTokens = kTokens_, kWeights = kWeights_;
   static constexpr bool kSwapAB = kSwapAB_, kSwiglu = kSwiglu_;
-  // Unswapped, the 128 columns of an activation's scale block take two passes, each over 64 rows of gate and 64 of up.
-  static constexpr int kPasses = kSwiglu && !kSwapAB ? 2 : 1;
-  static constexpr int kPassWeights = kWeights / kPasses;
-  static constexpr int kRows = kSwapAB ? kWeights : kTokens;         // of operand A
-  static constexpr int kColumns = kSwapAB ? kTokens : kPassWeights;  // of operand B
-  static constexpr int kMmas = kRows / 128;                      // instructions a warpgroup issues a step of K
-  static constexpr int kAccumulators = kColumns / 2;             // registers of each
-  // Weight scales of a K tile: one a 128 rows, and gate and up have their own.
-  static constexpr int kWeightScales = kSwiglu ? 2 : kWeights / kBlock;
+  static constexpr int kColumns = kSwapAB ? kTokens : kBlock;  // of an instruction, whose rows are 64
+  static constexpr int kMmas = kWeights / kBlock;              // instructions a warpgroup issues a step of K
+  static constexpr int kAccumulators = kColumns / 2;           // registers of each
   // Blocks of weights that one tile takes from different places, each with a TMA load of its own.
   static constexpr int kWeightLoads = kSwiglu ? 2 : 1;
   // Output columns of a tile, and the bytes of one.
   static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights;
   static constexpr int kOutputBytes = kSwiglu ? 1 : 2;
 
-  static constexpr int kTokenBytes = kTokens * kTileK, kWeightBytes = kPassWeights * kTileK;
+  static constexpr int kTokenBytes = kTokens * kTileK, kWeightBytes = kWeights * kTileK;
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
-  static constexpr int kScales = (kTokens + kWeightScales + 3) / 4 * 4;
+  static constexpr int kScales = (kTokens + kMmas + 3) / 4 * 4;
   static constexpr int kStagingPitch = kOutputs * kOutputBytes + kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
   static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + 2 * 4 * kTokens + 256;
   static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 24);
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
-  static_assert(kRows % 128 == 0 && kMmas <= 2 && kTokens % 8 == 0 && kWeights % 64 == 0);
-  static_assert(kSwapAB || (kTokens == 128 && kPassWeights == 128), "promotion and epilogue of unswapped tiles are written for 128x128");
-  static_assert(!kSwapAB || kCluster == 1, "few tokens are not worth sharing");
-  static_assert(!kSwiglu || kWeights == 256, "a 1x128 block must lie in one tile");
+  static_assert(kTokens % 8 == 0 && kWeights % kBlock == 0 && kMmas <= 2);
+  static_assert(kSwapAB || kTokens == 128, "tokens as operand A: 64 for each math warpgroup");
+  static_assert(!kSwiglu || kMmas == 2, "one block of gate, one of up");
   static_assert(kStages >= 3);
 
   struct SharedStorage {
@@ -66,7 +65,9 @@ struct Config {
     alignas(16) uint8_t staging[kStagingBytes];
     alignas(16) float scales[kStages][kScales];  // of the tokens, then of the weights
     alignas(16) float amax[2][kTokens];          // swapped SwiGLU; of the tile before may still be read: they take turns
+    Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages], scales_read[kStages];
+    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
     int cumulative_tiles[kMaxGroups + 1];
   };
   static_assert(sizeof(SharedStorage) <= kSharedBytes);

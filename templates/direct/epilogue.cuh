@@ -1,7 +1,6 @@
 // Accumulators -> output rows, staged in shared memory and written row by row with bulk copies, so that a tile that
 // reaches past its group's last row stores nothing there.
 #pragma once
-#include "cute/arch/cluster_sm90.hpp"
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 
@@ -90,10 +89,13 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
     rows.begin();
     uint8_t* const row = rows.staging + (lane / 8 % 2 * 8 + lane % 8) * C::kStagingPitch;
 #pragma unroll
-    for (int j = 0; j < C::kColumns / 8; j += 2) {
-      float const* const v = &sum[0][4 * j];
-      cute::SM90_U32x4_STSM_N::copy(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]),
-                                    at(row, 8 * j + lane / 16 * 8));
+    for (int h = 0; h < C::kMmas; ++h) {
+#pragma unroll
+      for (int j = 0; j < C::kColumns / 8; j += 2) {
+        float const* const v = &sum[h][4 * j];
+        cute::SM90_U32x4_STSM_N::copy(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]),
+                                      at(row, h * kBlock + 8 * j + lane / 16 * 8));
+      }
     }
     rows.finish(p, tile);
   }

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstring>
+#include <unordered_map>
 
 #include "abi.h"
 #include "direct/kernel.cuh"
@@ -36,28 +37,36 @@ inline bool encode(CUtensorMap& map, void const* base, int64_t groups, int64_t r
 
 template <class C>
 struct Launch {
-  // Encoding costs the host about as much as a launch. A server repeats its arguments: each thread keeps the last ones.
+  // Encoding costs the host about as much as a launch. A server repeats its arguments, layer by layer: each thread keeps
+  // the last ones of every layer, by its weights.
   static int32_t run(MoeGroupedGemm const* gemm) {
     static_assert(offsetof(MoeGroupedGemm, stream) + sizeof(void*) == sizeof(MoeGroupedGemm));
-    thread_local MoeGroupedGemm last{};
-    thread_local Params params;
-    if (std::memcmp(&last, gemm, offsetof(MoeGroupedGemm, stream)) != 0) {
-      if (int32_t status = make_params(*gemm, params)) return status;
-      last = *gemm;
+    thread_local std::unordered_map<void const*, Prepared> prepared;
+    if (prepared.size() > kMaxPrepared) prepared.clear();
+    Prepared& last = prepared[gemm->operands.weights];
+    if (std::memcmp(&last.gemm, gemm, offsetof(MoeGroupedGemm, stream)) != 0) {
+      last.gemm = {};
+      if (cudaError_t status = raise_shared_memory_limit()) return status;  // the same weights are on the same device
+      if (int32_t status = make_params(*gemm, last.params)) return status;
+      last.gemm = *gemm;
     }
-    if (cudaError_t status = raise_shared_memory_limit()) return status;
-    int const grid = gemm->sm_count / C::kCluster * C::kCluster;
-    return launch_in_clusters(grouped_gemm<C>, grid, C::kCluster, kThreads, sizeof(typename C::SharedStorage), gemm->stream, params);
+    return launch(grouped_gemm<C>, gemm->sm_count, kThreads, sizeof(typename C::SharedStorage), gemm->stream, last.params);
   }
 
   static int32_t check_abi() { return 0; }  // takes plain pointers: no layout of CUTLASS' own
 
  private:
+  struct Prepared {
+    MoeGroupedGemm gemm{};
+    Params params;
+  };
+  static constexpr std::size_t kMaxPrepared = 1024;
+
   static int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
     MoeGemmOperands const& o = gemm.operands;
-    if (gemm.num_groups > kMaxGroups || gemm.n % (C::kWeights * C::kCluster) || gemm.k % kTileK) return MOE_ERROR_CANNOT_IMPLEMENT;
-    if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kTokens / C::kCluster)) return MOE_ERROR_BAD_ARGUMENT;
-    if (!encode(p.weights, o.weights, gemm.num_groups, gemm.n, gemm.k, C::kPassWeights / C::kWeightLoads)) return MOE_ERROR_BAD_ARGUMENT;
+    if (gemm.num_groups > kMaxGroups || gemm.n % C::kWeights || gemm.k % kTileK) return MOE_ERROR_CANNOT_IMPLEMENT;
+    if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
+    if (!encode(p.weights, o.weights, gemm.num_groups, gemm.n, gemm.k, C::kWeights / C::kWeightLoads)) return MOE_ERROR_BAD_ARGUMENT;
     p.token_scales = o.token_scales;
     p.weight_scales = o.weight_scales;
     p.expert_offsets = o.expert_offsets;

@@ -1,7 +1,8 @@
 // A math warpgroup's mainloop: 128 of K by wgmma into a scratch accumulator, then promoted with that block's scales.
 //
-// Within a K tile the tensor cores add with about 13 bits, so the promotion is what keeps the result's precision. It hides
-// behind the wgmma of the next K tile, which is issued first, into a second scratch accumulator.
+// Within a K tile the tensor cores add with about 13 bits, so the promotion is what keeps the result's precision. Where
+// registers allow it hides behind the wgmma of the next K tile, which is issued first, into a second scratch accumulator;
+// where they do not, behind those of the other math warpgroup: the two take turns at the tensor cores.
 #pragma once
 #include <utility>
 
@@ -29,20 +30,21 @@ __device__ __forceinline__ uint64_t operand(uint8_t const* rows) {
   return descriptor;
 }
 
-template <class Mma, int... i>
-__device__ __forceinline__ void multiply(uint64_t a, uint64_t b, float* d, bool accumulate, std::integer_sequence<int, i...>) {
-  Mma::fma(a, b, d[i]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
-}
-
 template <class C>
 using Accumulators = float[C::kMmas][C::kAccumulators];
 
+template <int kCount>
+__device__ __forceinline__ void fence(float (&values)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) cute::warpgroup_fence_operand(values[i]);
+}
+
 template <class C>
-__device__ __forceinline__ void fence(Accumulators<C>& values) {
+__device__ __forceinline__ void clear(Accumulators<C>& sum) {
 #pragma unroll
   for (int h = 0; h < C::kMmas; ++h) {
 #pragma unroll
-    for (int i = 0; i < C::kAccumulators; ++i) cute::warpgroup_fence_operand(values[h][i]);
+    for (int i = 0; i < C::kAccumulators; ++i) sum[h][i] = 0.0f;
   }
 }
 
@@ -50,7 +52,7 @@ __device__ __forceinline__ void fence(Accumulators<C>& values) {
 template <class C>
 struct Scales {
   static constexpr int kTokenScales = C::kSwapAB ? C::kColumns / 4 : 2;
-  float tokens[kTokenScales], weights[C::kWeightScales];
+  float tokens[kTokenScales], weights[C::kMmas];
 
   __device__ __forceinline__ void load(float const* scales, int warpgroup, Fragment const& at) {
     if constexpr (C::kSwapAB) {
@@ -65,35 +67,60 @@ struct Scales {
       tokens[1] = scales[warpgroup * 64 + at.row + 8];
     }
 #pragma unroll
-    for (int i = 0; i < C::kWeightScales; ++i) weights[i] = scales[C::kTokens + i];
+    for (int h = 0; h < C::kMmas; ++h) weights[h] = scales[C::kTokens + h];
   }
 
-  __device__ __forceinline__ void promote(Accumulators<C>& sum, Accumulators<C> const& part) const {
+  // sum += part of instruction h, scaled.
+  __device__ __forceinline__ void promote(int h, float (&sum)[C::kAccumulators], float const (&part)[C::kAccumulators]) const {
 #pragma unroll
-    for (int h = 0; h < C::kMmas; ++h) {
-#pragma unroll
-      for (int i = 0; i < C::kAccumulators; ++i) {
-        // Swapped, each wgmma has its own rows of weights; otherwise gate and up are halves of the columns.
-        int const weight = C::kSwapAB ? h : i * C::kWeightScales / C::kAccumulators;
-        int const token = C::kSwapAB ? i / 4 * 2 + i % 2 : i / 2 % 2;
-        sum[h][i] += tokens[token] * weights[weight] * part[h][i];
-      }
+    for (int i = 0; i < C::kAccumulators; ++i) {
+      int const token = C::kSwapAB ? i / 4 * 2 + i % 2 : i / 2 % 2;
+      sum[i] += tokens[token] * weights[h] * part[i];
     }
   }
 };
 
-// Frees a stage's tiles in every block that may write to them. By one warp.
+// One K tile in shared memory.
 template <class C>
-__device__ __forceinline__ void release(uint64_t* empty) {
-  int const lane = threadIdx.x % 32;
-  if constexpr (C::kCluster == 1) {
-    if (lane == 0) PlainBarrier::arrive(empty);
-  } else {
-    if (lane < C::kCluster) PlainBarrier::arrive(empty, lane, 1);
-  }
-}
+struct Stage {
+  typename C::SharedStorage& shared;
+  int const index;
+  uint64_t const a, b;
 
-// One K tile on its way: what its wgmma add up, the scales to promote that with, and the barrier that frees its stage.
+  __device__ __forceinline__ Stage(typename C::SharedStorage& shared_, Ring<C::kStages> const& ring, int warpgroup)
+      : shared(shared_), index(ring.stage),
+        a(operand((C::kSwapAB ? shared_.weights[index] : shared_.tokens[index]) + warpgroup * 64 * kTileK)),
+        b(operand(C::kSwapAB ? shared_.tokens[index] : shared_.weights[index])) {
+    TileBarrier::wait(&shared.full[ring.stage], ring.phase);
+  }
+
+  // part = instruction h over step number `step` of K, added to what steps before it gave.
+  __device__ __forceinline__ void multiply(int h, int step, float (&part)[C::kAccumulators]) const {
+    int const along_k = step * kInstructionK >> 4, block = h * kBlock * kTileK >> 4;
+    issue(a + along_k + (C::kSwapAB ? block : 0), b + along_k + (C::kSwapAB ? 0 : block), part, step > 0,
+          std::make_integer_sequence<int, C::kAccumulators>{});
+  }
+
+  __device__ __forceinline__ void load(Scales<C>& scales, int warpgroup, Fragment const& at) const {
+    scales.load(shared.scales[index], warpgroup, at);
+    asm volatile("" ::: "memory");  // the wrapper of arrive lets the compiler move loads past it
+    PlainBarrier::arrive(&shared.scales_read[index]);  // every thread for itself: each has read its own
+  }
+
+  __device__ __forceinline__ void release() const {
+    if (threadIdx.x % 32 == 0) PlainBarrier::arrive(&shared.empty[index]);
+  }
+
+ private:
+  template <int... i>
+  static __device__ __forceinline__ void issue(uint64_t a, uint64_t b, float* d, bool accumulate, std::integer_sequence<int, i...>) {
+    C::Mma::fma(a, b, d[i]..., accumulate ? cute::SM90::GMMA::ScaleOut::One : cute::SM90::GMMA::ScaleOut::Zero);
+  }
+};
+
+constexpr int kSteps = kTileK / kInstructionK;
+
+// One K tile on its way: what its wgmma add up, and the scales to promote that with.
 template <class C>
 struct InFlight {
   Accumulators<C> part;
@@ -101,47 +128,36 @@ struct InFlight {
   uint64_t* empty;
 
   __device__ __forceinline__ void issue(typename C::SharedStorage& shared, Ring<C::kStages>& ring, int warpgroup, Fragment const& at) {
-    constexpr auto kRegisters = std::make_integer_sequence<int, C::kAccumulators>{};
-    TileBarrier::wait(&shared.full[ring.stage], ring.phase);
-    uint64_t const a = operand((C::kSwapAB ? shared.weights[ring.stage] : shared.tokens[ring.stage]) + warpgroup * 64 * kTileK);
-    uint64_t const b = operand(C::kSwapAB ? shared.tokens[ring.stage] : shared.weights[ring.stage]);
-    fence<C>(part);
+    Stage<C> const stage(shared, ring, warpgroup);
+#pragma unroll
+    for (int h = 0; h < C::kMmas; ++h) fence(part[h]);
     cute::warpgroup_arrive();
 #pragma unroll
-    for (int step = 0; step < kTileK / kInstructionK; ++step) {
-      int const offset = step * kInstructionK >> 4;
+    for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-      for (int h = 0; h < C::kMmas; ++h) {
-        multiply<typename C::Mma>(a + offset + (h * 128 * kTileK >> 4), b + offset, part[h], step > 0, kRegisters);
-      }
+      for (int h = 0; h < C::kMmas; ++h) stage.multiply(h, step, part[h]);
     }
     cute::warpgroup_commit_batch();
-    scales.load(shared.scales[ring.stage], warpgroup, at);
-    asm volatile("" ::: "memory");  // the wrapper of arrive lets the compiler move loads past it
-    PlainBarrier::arrive(&shared.scales_read[ring.stage]);  // every thread for itself: each has read its own
-    empty = &shared.empty[ring.stage];
+    stage.load(scales, warpgroup, at);
+    empty = &shared.empty[stage.index];
     ring.advance();
   }
 
   template <int kLater>  // K tiles issued after this one
   __device__ __forceinline__ void retire(Accumulators<C>& sum) {
     cute::warpgroup_wait<kLater>();
-    fence<C>(part);
-    release<C>(empty);
-    scales.promote(sum, part);
+#pragma unroll
+    for (int h = 0; h < C::kMmas; ++h) fence(part[h]);
+    if (threadIdx.x % 32 == 0) PlainBarrier::arrive(empty);
+#pragma unroll
+    for (int h = 0; h < C::kMmas; ++h) scales.promote(h, sum[h], part[h]);
   }
 };
 
-// sum = one pass over K.
+// sum = a tile's product, by two K tiles in flight.
 template <class C>
-__device__ __forceinline__ void multiply_tile(Params const& p, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
-                                              int warpgroup, Fragment const& at, Accumulators<C>& sum) {
-#pragma unroll
-  for (int h = 0; h < C::kMmas; ++h) {
-#pragma unroll
-    for (int i = 0; i < C::kAccumulators; ++i) sum[h][i] = 0.0f;
-  }
-  int const blocks = p.k / kTileK;
+__device__ __forceinline__ void multiply_in_flight(int blocks, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
+                                                   int warpgroup, Fragment const& at, Accumulators<C>& sum) {
   InFlight<C> even, odd;
   even.issue(shared, ring, warpgroup, at);
   for (int block = 1; block < blocks; block += 2) {
@@ -155,6 +171,47 @@ __device__ __forceinline__ void multiply_tile(Params const& p, typename C::Share
     odd.template retire<1>(sum);
   }
   even.template retire<0>(sum);
+}
+
+// Turns of the two math warpgroups at the tensor cores. Without them both end up in step: they multiply together, slower,
+// and then promote together, with the tensor cores idle.
+struct Turns {
+  int const warpgroup;
+  __device__ __forceinline__ explicit Turns(int warpgroup_) : warpgroup(warpgroup_) {
+    if (warpgroup == 1) pass();  // the first turn is warpgroup 0's
+  }
+  __device__ __forceinline__ void take() const { cutlass::arch::NamedBarrier::sync(kMathThreads, 1u + warpgroup); }
+  __device__ __forceinline__ void pass() const { cutlass::arch::NamedBarrier::arrive(kMathThreads, 1u + (warpgroup ^ 1)); }
+  __device__ __forceinline__ void finish() const {
+    if (warpgroup == 0) take();  // the other's last pass
+  }
+};
+
+// sum = a tile's product, by turns.
+template <class C>
+__device__ __forceinline__ void multiply_by_turns(int blocks, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
+                                                  Turns const& turns, Fragment const& at, Accumulators<C>& sum) {
+  float part[C::kAccumulators];
+  Scales<C> scales;
+  for (int block = 0; block < blocks; ++block) {
+    Stage<C> const stage(shared, ring, turns.warpgroup);
+    stage.load(scales, turns.warpgroup, at);  // while it waits for its turn
+#pragma unroll
+    for (int h = 0; h < C::kMmas; ++h) {
+      turns.take();
+      fence(part);
+      cute::warpgroup_arrive();
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) stage.multiply(h, step, part);
+      cute::warpgroup_commit_batch();
+      turns.pass();
+      cute::warpgroup_wait<0>();
+      fence(part);
+      if (h == C::kMmas - 1) stage.release();
+      scales.promote(h, sum[h], part);
+    }
+    ring.advance();
+  }
 }
 
 }  // namespace moe::direct

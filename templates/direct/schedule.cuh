@@ -1,4 +1,4 @@
-// Which tiles a thread block computes, in which order.
+// Which tiles a thread block computes, in which order: one thread walks, all roles of the block read what it finds.
 #pragma once
 #include "direct/config.cuh"
 
@@ -7,11 +7,6 @@ namespace moe::direct {
 // Token tiles of an expert that are worked on side by side: with the weight tiles that 132 blocks take at a time they
 // make a patch that L2 holds, and every weight tile is read from memory once.
 constexpr int kBand = 16;
-
-struct Tile {
-  int group, first_row, rows;  // rows: how many of the tile's token rows are the group's
-  int weight_tile;
-};
 
 // cumulative_tiles[g]: token tiles of the groups before g. By all threads of a block.
 template <class C>
@@ -46,35 +41,55 @@ __device__ __forceinline__ void count_tiles(Params const& p, int* cumulative_til
   __syncthreads();
 }
 
-// Walks a block's share of all tiles, ascending: each role of the block walks for itself.
+// A role's place in the list of the block's tiles.
 template <class C>
-class Schedule {
+class Tiles {
  public:
-  __device__ __forceinline__ Schedule(Params const& p, int const* cumulative_tiles, int cluster_rank)
-      : p_(p), cumulative_(cumulative_tiles), across_(p.n / (C::kWeights * C::kCluster)), rank_(cluster_rank),
-        next_(blockIdx.x / C::kCluster), step_(gridDim.x / C::kCluster) {}
+  __device__ __forceinline__ explicit Tiles(typename C::SharedStorage& shared) : shared_(shared) {}
 
+  // By every thread of the role, each for itself.
   __device__ __forceinline__ bool next(Tile& tile) {
-    while (group_ < p_.groups && cumulative_[group_ + 1] * across_ <= next_) ++group_;
-    if (group_ == p_.groups) return false;
-    int const down = cumulative_[group_ + 1] - cumulative_[group_];
-    int const index = next_ - cumulative_[group_] * across_;
-    int const band = index / (kBand * across_), in_band = index - band * kBand * across_;
-    int const height = min(kBand, down - band * kBand);
-    int const token_tile = band * kBand + in_band % height;
-    int const first = p_.expert_offsets[group_], end = p_.expert_offsets[group_ + 1];
-    tile.group = group_;
-    tile.first_row = first + token_tile * C::kTokens;
-    tile.rows = min(C::kTokens, end - tile.first_row);
-    tile.weight_tile = in_band / height * C::kCluster + rank_;
-    next_ += step_;
-    return true;
+    PlainBarrier::wait(&shared_.tile_ready[ring_.stage], ring_.phase);
+    tile = shared_.tiles[ring_.stage];
+    asm volatile("" ::: "memory");  // the wrapper of arrive lets the compiler move loads past it
+    PlainBarrier::arrive(&shared_.tile_read[ring_.stage]);
+    ring_.advance();
+    return tile.rows > 0;
   }
 
  private:
-  Params const& p_;
-  int const* cumulative_;
-  int across_, rank_, next_, step_, group_ = 0;
+  typename C::SharedStorage& shared_;
+  Ring<kTilesAhead> ring_;
 };
+
+// Lists a block's share of all tiles, ascending, and then one without rows. By one thread: a tile takes it hundreds of
+// cycles, in divisions and in loads, which the math warps do not have.
+template <class C>
+__device__ __forceinline__ void list_tiles(Params const& p, typename C::SharedStorage& shared) {
+  int const* const cumulative = shared.cumulative_tiles;
+  int const across = p.n / C::kWeights;
+  int group = 0;
+  Ring<kTilesAhead> ring;
+  for (int next = blockIdx.x;; next += gridDim.x, ring.advance()) {
+    while (group < p.groups && cumulative[group + 1] * across <= next) ++group;
+    Tile tile{};
+    if (group < p.groups) {
+      int const down = cumulative[group + 1] - cumulative[group];
+      int const index = next - cumulative[group] * across;
+      int const band = index / (kBand * across), in_band = index - band * kBand * across;
+      int const height = min(kBand, down - band * kBand);
+      int const token_tile = band * kBand + in_band % height;
+      tile.group = group;
+      tile.first_row = p.expert_offsets[group] + token_tile * C::kTokens;
+      tile.rows = min(C::kTokens, p.expert_offsets[group + 1] - tile.first_row);
+      tile.weight_tile = in_band / height;
+    }
+    PlainBarrier::wait(&shared.tile_read[ring.stage], ring.phase ^ 1);
+    shared.tiles[ring.stage] = tile;
+    asm volatile("" ::: "memory");
+    PlainBarrier::arrive(&shared.tile_ready[ring.stage]);
+    if (tile.rows == 0) return;
+  }
+}
 
 }  // namespace moe::direct

@@ -11,62 +11,51 @@ __device__ __forceinline__ float lanes_max(float value) {
   return value;
 }
 
-// Unswapped: a warp has 64 of a block's 128 columns after the first pass, the others after the second. The first wait in
-// the staged rows, as bf16 like the result of a GEMM that fuses nothing; in registers they would spill.
+// Pairs of e4m3 in columns 2q and 2q + 1 of four 8-column groups, where q is the lane's place in its quad -> all eight
+// columns of group number q: a 4x4 transpose of pairs.
+__device__ __forceinline__ uint2 gather_group(uint32_t groups01, uint32_t groups23, int lane) {
+  bool const odd = lane & 1, upper = lane & 2;
+  uint32_t const got = __shfl_xor_sync(0xffffffffu, upper ? groups01 : groups23, 2);
+  // Two groups of the lanes that are q modulo 2.
+  uint32_t const low = upper ? got : groups01, high = upper ? groups23 : got;
+  uint32_t const first = __byte_perm(low, high, 0x5410), second = __byte_perm(low, high, 0x7632);
+  uint32_t const others = __shfl_xor_sync(0xffffffffu, odd ? first : second, 1);
+  uint32_t const even_lanes = odd ? others : first, odd_lanes = odd ? second : others;
+  return make_uint2(__byte_perm(even_lanes, odd_lanes, 0x5410), __byte_perm(even_lanes, odd_lanes, 0x7632));
+}
+
+// Unswapped: a quad of lanes has the 128 columns of a row's block.
 template <class C>
-struct RowBlocks {
-  static constexpr int kHalf = C::kAccumulators / 2;
-  WarpRows<C> rows;
+__device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
+                                            Accumulators<C>& sum) {
+  int const lane = math_thread % 32;
+  WarpRows<C> const rows(shared, math_thread / 32);
+  float* const v = sum[0];
   float amax[2] = {0.0f, 0.0f};  // of the thread's two rows
-
-  __device__ __forceinline__ RowBlocks(typename C::SharedStorage& shared, int math_thread) : rows(shared, math_thread / 32) {}
-
-  __device__ __forceinline__ uint32_t* kept(int half) const {
-    int const lane = threadIdx.x % 32;
-    return reinterpret_cast<uint32_t*>(rows.staging + (lane / 4 + half * 8) * C::kStagingPitch) + lane % 4;
-  }
-
-  // v[i] = SwiGLU of a pass's accumulators.
-  __device__ __forceinline__ void activate(Params const& p, float* v) {
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      v[i] = swiglu(v[i], v[kHalf + i], p.clamp_limit);
-      amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(v[i]));
+  for (int i = 0; i < C::kAccumulators; ++i) {
+    v[i] = swiglu(v[i], sum[1][i], p.clamp_limit);
+    amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(v[i]));
+  }
+  rows.begin();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    int const row = lane / 4 + half * 8;
+    BlockScale const block(lanes_max<4, 1>(amax[half]));
+    uint8_t* const staged = rows.staging + row * C::kStagingPitch + lane % 4 * 8;
+#pragma unroll
+    for (int j = 0; j < C::kColumns / 8; j += 4) {
+      uint32_t pair[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pair[i] = block.quantise(v[4 * (j + i) + 2 * half], v[4 * (j + i) + 2 * half + 1]);
+      *reinterpret_cast<uint2*>(staged + 8 * j) = gather_group(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16, lane);
+    }
+    if (lane % 4 == 0 && rows.first + row < tile.rows) {
+      p.output_scales[int64_t(tile.first_row + rows.first + row) * (p.n / 2 / kBlock) + tile.weight_tile] = block.scale;
     }
   }
-
-  __device__ __forceinline__ void first_pass(Params const& p, float* v) {
-    activate(p, v);
-    rows.begin();
-#pragma unroll
-    for (int i = 0; i < kHalf; i += 2) kept(i / 2 % 2)[i / 4 * 4] = pack_bf16(v[i], v[i + 1]);
-  }
-
-  __device__ __forceinline__ void second_pass(Params const& p, Tile const& tile, float* v) {
-    activate(p, v);
-    int const lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t first[kHalf / 4];
-#pragma unroll
-      for (int j = 0; j < kHalf / 4; ++j) first[j] = kept(half)[4 * j];
-      __syncwarp();  // e4m3 goes where the neighbours' bf16 was
-      int const row = lane / 4 + half * 8;
-      BlockScale const block(lanes_max<4, 1>(amax[half]));
-      auto* const staged = reinterpret_cast<uint16_t*>(rows.staging + row * C::kStagingPitch) + lane % 4;
-#pragma unroll
-      for (int j = 0; j < kHalf / 4; ++j) {
-        float const low = __uint_as_float(first[j] << 16), high = __uint_as_float(first[j] & 0xffff0000u);
-        staged[4 * j] = static_cast<uint16_t>(block.quantise(low, high));
-        staged[kHalf + 4 * j] = static_cast<uint16_t>(block.quantise(v[4 * j + 2 * half], v[4 * j + 2 * half + 1]));
-      }
-      if (lane % 4 == 0 && rows.first + row < tile.rows) {
-        p.output_scales[int64_t(tile.first_row + rows.first + row) * (p.n / 2 / kBlock) + tile.weight_tile] = block.scale;
-      }
-    }
-    rows.finish(p, tile);
-  }
-};
+  rows.finish(p, tile);
+}
 
 // Swapped: a tile has all 128 columns of a block, spread over all math warps.
 template <class C>
