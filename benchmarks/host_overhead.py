@@ -2,11 +2,13 @@
 
     python -m benchmarks.host_overhead --json FILE
 
-Batches of calls short enough not to fill the launch queue, on a layer small enough for the GPU to keep up.
+Batches of calls short enough not to fill the launch queue, on a layer small enough for the GPU to keep up. A model's
+layers follow each other, and a kernel's launch keeps the tensor maps of its last arguments only: hence layers in turn.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,9 +25,11 @@ from benchmarks.layer import LAYER
 from moe_runtime import FP8BlockWeights, FusedMoE, MoEConfig, Parallel
 from moe_runtime.executors.base import LayerInputs, MoEProblem
 from moe_runtime.kernels import Stage
+from moe_runtime.ops import allocate
 
 CALLS_A_BATCH = 20
 BATCHES = 200
+LAYERS_IN_TURN = 4
 
 
 def host_us(call: Callable[[], object]) -> float:
@@ -45,6 +49,10 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
     problem = MoEProblem(config, parallel)
     weights = FP8BlockWeights.random(config, 32, device="cuda")
     layer = FusedMoE(config, parallel, weights)
+    others = [
+        FusedMoE(config, parallel, FP8BlockWeights.random(config, 32, device="cuda")) for _ in range(LAYERS_IN_TURN - 1)
+    ]
+    in_turn = itertools.cycle([layer, *others])
     x = torch.randn(8, 512, device="cuda", dtype=torch.bfloat16)
     logits = torch.randn(8, 32, device="cuda")
     inputs = LayerInputs(x, routing_logits=logits)
@@ -53,9 +61,9 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
     tactics = (executor.default_tactic(problem, "gemm1", 8), executor.default_tactic(problem, "gemm2", 8))
     args = executor.arguments(problem, weights, inputs, tactics, output, workspace)
 
-    def allocate() -> None:
-        torch.empty(8, 512, dtype=torch.bfloat16, device=x.device)
-        torch.empty(workspace.nbytes, dtype=torch.uint8, device=x.device)
+    def allocate_both() -> None:
+        allocate((8, 512), (512, 1), torch.bfloat16, x.device)
+        allocate((workspace.nbytes,), (1,), torch.uint8, x.device)
 
     def stages(which: Stage) -> float:
         return host_us(lambda: executor.launch(args, which))
@@ -65,9 +73,10 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
     empty_call = stages(Stage(0))
     parts = {
         "layer(x, logits): the whole call": host_us(lambda: layer(x, logits)),
+        "layer(x, logits), layers in turn": host_us(lambda: next(in_turn)(x, logits)),
         "layer(x, topk_ids=..., topk_weights=...)": host_us(lambda: layer(x, topk_ids=ids, topk_weights=topk_weights)),
         "checks of x and logits": host_us(lambda: inputs.check(problem, x.device)),
-        "allocation of output and workspace": host_us(allocate),
+        "allocation of output and workspace": host_us(allocate_both),
         "executor.run, output and workspace given": host_us(
             lambda: executor.run(problem, weights, inputs, tactics, *given)
         ),
@@ -75,7 +84,7 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
         "native call that launches nothing": empty_call,
         "all kernel launches": stages(LAYER | Stage.ROUTE) - empty_call,
         "of them a GEMM": stages(Stage.GEMM1) - empty_call,
-        "of them permute and gather": stages(Stage.PERMUTE | Stage.GATHER) - empty_call,
+        "of them route, permute and gather": stages(Stage.ROUTE | Stage.PERMUTE | Stage.GATHER) - empty_call,
         "of them combine": stages(Stage.COMBINE) - empty_call,
     }
     table = Table("part of an eager call", "us")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime import FP8BlockWeights, InvalidArgument, MoEConfig, Parallel, PlanRefused
+from moe_runtime import FP8BlockWeights, InvalidArgument, MoEConfig, Parallel, PlanRefused, ops
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.executors.cpu import CpuExecutor
 from moe_runtime.formats.fp8_block import quantise_rows
-from moe_runtime.ops import fp8_block_scale_moe
+from moe_runtime.ops import allocate, fp8_block_scale_moe
 from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey
 from moe_runtime.workload import buckets
 from tests import reference
@@ -34,6 +34,16 @@ def test_opcheck(config: MoEConfig, inputs: tuple[Tensor | None, ...]) -> None:
     # opcheck's own schema test multiplies its arguments, which torch cannot do with e4m3; the test below stands in.
     tests = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.moe_runtime.fp8_block_moe.default, arguments, test_utils=tests)
+
+
+def test_allocation_takes_the_short_way_on_the_current_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
+    monkeypatch.setattr(ops, "_empty_strided_cuda", lambda *args: ("short", *args))
+    monkeypatch.setattr(torch, "empty_strided", lambda *args, **others: ("dispatched", *args, *others.values()))
+    described = ((2, 3), (3, 1), torch.bfloat16)
+    assert allocate(*described, torch.device("cuda", 1)) == ("short", *described)
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        assert allocate(*described, device) == ("dispatched", *described, device)
 
 
 def test_op_changes_and_aliases_no_argument() -> None:

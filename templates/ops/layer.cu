@@ -101,27 +101,26 @@ int32_t run_gemm2(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buff
   return variant.swiglu ? MOE_ERROR_BAD_VARIANT : variant.run(&gemm);
 }
 
-constexpr int32_t kPermuteAndGather = MOE_STAGE_PERMUTE | MOE_STAGE_GATHER;
-
 int32_t run_stages(MoeFp8BlockLayer const& layer, Buffers const& buffers) {
   MoeVariant const* const gemm1 = moe_variant(layer.gemm1_variant);
   MoeVariant const* const gemm2 = moe_variant(layer.gemm2_variant);
   if (!gemm1 || !gemm2) return MOE_ERROR_BAD_VARIANT;
-  int32_t status = 0;
-  auto stage = [&](int32_t bit, auto run) {
-    if (status == 0 && (layer.stages & bit)) status = run();
+  int32_t status = 0, left = gemm1->swiglu ? layer.stages & ~MOE_STAGE_ACTIVATION : layer.stages;
+  // Runs stages if the call wants all of them and none has run yet.
+  auto run = [&](int32_t stages, auto function) {
+    if (status != 0 || (left & stages) != stages) return;
+    status = function();
+    left &= ~stages;
   };
-  stage(MOE_STAGE_ROUTE, [&] { return int32_t(route(layer)); });
-  if ((layer.stages & kPermuteAndGather) == kPermuteAndGather) {
-    stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute_and_gather(layer, buffers)); });
-  } else {
-    stage(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
-    stage(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
-  }
-  stage(MOE_STAGE_GEMM1, [&] { return run_gemm1(layer, *gemm1, buffers); });
-  if (!gemm1->swiglu) stage(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
-  stage(MOE_STAGE_GEMM2, [&] { return run_gemm2(layer, *gemm2, buffers); });
-  stage(MOE_STAGE_COMBINE, [&] { return int32_t(combine(layer, buffers)); });
+  run(MOE_STAGE_ROUTE | MOE_STAGE_PERMUTE | MOE_STAGE_GATHER, [&] { return int32_t(route_permute_and_gather(layer, buffers)); });
+  run(MOE_STAGE_ROUTE, [&] { return int32_t(route(layer)); });
+  run(MOE_STAGE_PERMUTE | MOE_STAGE_GATHER, [&] { return int32_t(permute_and_gather(layer, buffers)); });
+  run(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
+  run(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
+  run(MOE_STAGE_GEMM1, [&] { return run_gemm1(layer, *gemm1, buffers); });
+  run(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
+  run(MOE_STAGE_GEMM2, [&] { return run_gemm2(layer, *gemm2, buffers); });
+  run(MOE_STAGE_COMBINE, [&] { return int32_t(combine(layer, buffers)); });
   return status;
 }
 

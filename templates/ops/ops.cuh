@@ -28,9 +28,12 @@ struct Buffers {
 cudaError_t route(MoeFp8BlockLayer const& layer);
 cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& buffers);
 cudaError_t gather(MoeFp8BlockLayer const& layer, Buffers const& buffers);
-cudaError_t permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& buffers); // one launch where that is faster
 cudaError_t activate(MoeFp8BlockLayer const& layer, Buffers const& buffers);
 cudaError_t combine(MoeFp8BlockLayer const& layer, Buffers const& buffers);
+
+// Several stages, in one launch where that is faster.
+cudaError_t permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& buffers);
+cudaError_t route_permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& buffers);
 
 // 16 consecutive values a thread, so that eight lanes hold one 1x128 block: 16-byte loads of bf16 and one
 // 16-byte store of e4m3.

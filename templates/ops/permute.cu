@@ -1,21 +1,25 @@
 // top_k ids -> rows grouped by local expert: a stable counting sort, then the group metadata that both grouped GEMMs
 // read. Stable, so that row order is reproducible. Three sizes:
 // - few slots: every block of one kernel sorts all of them for itself and then gathers its share of the tokens, because
-//   the sort is shorter than another launch;
+//   the sort is shorter than another launch; of few tokens it routes all as well, for the same reason;
 // - up to kSlotsOfOneBlock, or without the gather: one block;
 // - above that one cluster, whose blocks add up their counts through distributed shared memory.
 #include <cooperative_groups.h>
 
 #include "gather.cuh"
+#include "route.cuh"
 
 namespace moe {
 namespace {
 
 constexpr int kThreads = 1024;
+constexpr int kWarps = kThreads / 32;
 constexpr int kCountsBytes = 34 * 1024; // with the static arrays under the 48 KB that need no opt-in
 constexpr int kClusterBlocks = 8;       // the largest portable cluster
 constexpr int kSlotsOfOneBlock = 4096;
 constexpr int kSlotsOfEveryBlock = 1024;
+constexpr int kTokensOfEveryBlock = kWarps; // routed by a warp each
+constexpr int kExpertsOfEveryBlock = 256;   // more would take other registers and memory than the sort's
 constexpr int kStepsInFlight = 8;       // loads a lane issues together: one at a time, latency made this stage 10x slower
 
 struct GemmOperands {
@@ -59,13 +63,13 @@ __device__ void write_metadata(GemmOperands const& g, int expert, int first_row,
 
 // Calls body(slot, local expert or -1) for the slots [first, end), 32 neighbours at a time and in order.
 template <class Body>
-__device__ __forceinline__ void for_each_slot(PermuteParams const& p, int first, int end, int lane, Body body) {
+__device__ __forceinline__ void for_each_slot(PermuteParams const& p, int32_t const* ids, int first, int end, int lane, Body body) {
   for (int base = first; base < end; base += 32 * kStepsInFlight) {
     int expert[kStepsInFlight];
 #pragma unroll
     for (int i = 0; i < kStepsInFlight; ++i) {
       int const slot = base + 32 * i + lane;
-      expert[i] = slot < end ? p.ids[slot] - p.first_expert : -1;
+      expert[i] = slot < end ? ids[slot] - p.first_expert : -1;
     }
 #pragma unroll
     for (int i = 0; i < kStepsInFlight; ++i) {
@@ -85,23 +89,24 @@ __device__ __forceinline__ int inclusive_scan(int value, int lane) {
 }
 
 // Writes permuted_row of the slots that are this block's, one of `blocks` that share them, and, where `publish` is set,
-// offsets and metadata. Blocks that share slots are one cluster.
-__device__ __forceinline__ void sort_slots(PermuteParams const& p, int block, int blocks, int32_t* permuted_row, bool publish) {
+// offsets and metadata. Blocks that share slots are one cluster. permuted_row may be ids: one thread alone
+// reads a slot's id and then writes its row.
+__device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const* ids, int block, int blocks, int32_t* permuted_row,
+                                           bool publish) {
   extern __shared__ int counts[]; // [counting_warps, num_experts]
   __shared__ int block_rows[kMaxExperts]; // rows of each expert among this block's slots
   __shared__ int first_row[kMaxExperts];  // where those rows start
-  __shared__ int warp_totals[kThreads / 32];
+  __shared__ int warp_totals[kWarps];
   auto cluster = cooperative_groups::this_cluster();
   int const lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   for (int i = threadIdx.x; i < p.counting_warps * p.num_experts; i += kThreads) counts[i] = 0;
-  wait_for_predecessor();
   __syncthreads();
 
   int const share = ceil_div(ceil_div(p.num_slots, blocks * p.counting_warps), 32) * 32;
   int const first = warp < p.counting_warps ? (block * p.counting_warps + warp) * share : p.num_slots;
   int const end = min(first + share, p.num_slots);
   int* const my_counts = counts + warp * p.num_experts;
-  for_each_slot(p, first, end, lane, [&](int, int expert) {
+  for_each_slot(p, ids, first, end, lane, [&](int, int expert) {
     if (expert >= 0) atomicAdd(&my_counts[expert], 1);
   });
   __syncthreads();
@@ -141,7 +146,7 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int block, in
   }
   __syncthreads();
 
-  for_each_slot(p, first, end, lane, [&](int slot, int local) {
+  for_each_slot(p, ids, first, end, lane, [&](int slot, int local) {
     uint32_t const same = __match_any_sync(0xffffffffu, local);
     int const place = local >= 0 ? my_counts[local] + __popc(same & ((1u << lane) - 1)) : 0;
     if (slot < end) permuted_row[slot] = local >= 0 ? first_row[local] + place : -1;
@@ -153,20 +158,36 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int block, in
 
 __global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
   allow_successor_to_start();
-  sort_slots(p, blockIdx.x, gridDim.x, p.permuted_row, blockIdx.x == 0);
+  wait_for_predecessor();
+  sort_slots(p, p.ids, blockIdx.x, gridDim.x, p.permuted_row, blockIdx.x == 0);
   cooperative_groups::this_cluster().sync(); // a block's shared memory must outlive the others' reads
 }
 
-template <bool kQuantised>
-__global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_constant__ PermuteParams const p, __grid_constant__ GatherParams const g) {
-  __shared__ int32_t permuted_row[kSlotsOfEveryBlock];
+// kRouteItems: experts a lane has to choose from, 0 where the ids are ready.
+template <bool kQuantised, int kRouteItems>
+__global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_constant__ RouteParams const r, __grid_constant__ PermuteParams const p,
+                                                                         __grid_constant__ GatherParams const g) {
+  __shared__ int32_t slots[kSlotsOfEveryBlock]; // expert ids, then rows
   allow_successor_to_start();
-  sort_slots(p, 0, 1, permuted_row, blockIdx.x == 0);
+  wait_for_predecessor();
+  if constexpr (kRouteItems > 0) {
+    extern __shared__ float choice[]; // [num_tokens, num_experts], where the sort will count
+    int const lane = threadIdx.x % 32, token = threadIdx.x / 32;
+    if (token < r.num_tokens) {
+      RoutedSlot const slot = route_token<kRouteItems>(r, token, choice + token * r.num_experts, lane);
+      if (lane < r.top_k) slots[token * r.top_k + lane] = slot.expert;
+      if (blockIdx.x == 0) store_slot(r, token, slot, lane);
+    }
+  } else if (threadIdx.x < p.num_slots) {
+    slots[threadIdx.x] = p.ids[threadIdx.x];
+  }
   __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x < p.num_slots) p.permuted_row[threadIdx.x] = permuted_row[threadIdx.x];
-  gather_unit<kQuantised>(g, blockIdx.x * kThreads + threadIdx.x, permuted_row);
+  sort_slots(p, slots, 0, 1, slots, blockIdx.x == 0);
+  __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x < p.num_slots) p.permuted_row[threadIdx.x] = slots[threadIdx.x];
+  gather_unit<kQuantised>(g, blockIdx.x * kThreads + threadIdx.x, slots);
 }
-static_assert(kSlotsOfEveryBlock <= kThreads);
+static_assert(kSlotsOfEveryBlock <= kThreads && kTokensOfEveryBlock * kMaxTopK <= kSlotsOfEveryBlock);
 
 PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
   PermuteParams p{};
@@ -176,7 +197,7 @@ PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
   p.num_slots = layer.num_tokens * layer.top_k;
   p.first_expert = layer.local_expert_offset;
   p.num_experts = layer.num_local_experts;
-  p.counting_warps = min(kThreads / 32, kCountsBytes / (4 * layer.num_local_experts));
+  p.counting_warps = min(min(kWarps, ceil_div(p.num_slots, 32)), kCountsBytes / (4 * layer.num_local_experts));
   p.gemm1 = {b.gemm1, b.rows, b.row_scales, static_cast<uint8_t const*>(layer.gemm1_weights), layer.gemm1_weights_scale,
              b.gemm1_output, 2 * layer.intermediate_size, layer.hidden_size};
   p.gemm2 = {b.gemm2, b.activation, b.activation_scales, static_cast<uint8_t const*>(layer.gemm2_weights), layer.gemm2_weights_scale,
@@ -185,6 +206,16 @@ PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
 }
 
 int counts_bytes(PermuteParams const& p) { return p.counting_warps * p.num_experts * static_cast<int>(sizeof(int)); }
+
+template <int kRouteItems>
+cudaError_t launch_permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+  PermuteParams const p = permute_params(layer, b);
+  int const choice_bytes = kRouteItems > 0 ? layer.num_tokens * layer.num_experts * static_cast<int>(sizeof(float)) : 0;
+  auto kernel = layer.hidden_states_dtype == MOE_DTYPE_E4M3 ? permute_and_gather_kernel<true, kRouteItems> : permute_and_gather_kernel<false, kRouteItems>;
+  return launch(kernel, ceil_div(gather_units(layer), kThreads), kThreads, max(counts_bytes(p), choice_bytes), layer.stream,
+                route_params(layer), p, gather_params(layer, b));
+}
+static_assert(kTokensOfEveryBlock * kExpertsOfEveryBlock * sizeof(float) <= kCountsBytes);
 
 }  // namespace
 
@@ -195,13 +226,17 @@ cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
 }
 
 cudaError_t permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
-  PermuteParams const p = permute_params(layer, b);
-  if (p.num_slots > kSlotsOfEveryBlock) {
-    cudaError_t const status = permute(layer, b);
-    return status == cudaSuccess ? gather(layer, b) : status;
+  if (layer.num_tokens * layer.top_k <= kSlotsOfEveryBlock) return launch_permute_and_gather<0>(layer, b);
+  cudaError_t const status = permute(layer, b);
+  return status == cudaSuccess ? gather(layer, b) : status;
+}
+
+cudaError_t route_permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+  if (layer.num_tokens <= kTokensOfEveryBlock && layer.num_experts <= kExpertsOfEveryBlock) {
+    return layer.num_experts <= 128 ? launch_permute_and_gather<4>(layer, b) : launch_permute_and_gather<8>(layer, b);
   }
-  auto kernel = layer.hidden_states_dtype == MOE_DTYPE_E4M3 ? permute_and_gather_kernel<true> : permute_and_gather_kernel<false>;
-  return launch(kernel, ceil_div(gather_units(layer), kThreads), kThreads, counts_bytes(p), layer.stream, p, gather_params(layer, b));
+  cudaError_t const status = route(layer);
+  return status == cudaSuccess ? permute_and_gather(layer, b) : status;
 }
 
 }  // namespace moe

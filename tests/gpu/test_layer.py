@@ -55,6 +55,24 @@ def test_router_logits(name: str, layout: tuple[str, int], num_tokens: int) -> N
     assert relative_error(output, reference_layer(problem, weights, x, ids, topk_weights)) <= LAYER_BOUND
 
 
+@pytest.mark.parametrize("num_tokens", [1, 8, 32, 33])  # up to 32 one kernel routes, permutes and gathers
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("preset", ["deepseek-r1", "qwen3-235b"])
+def test_router_logits_of_few_tokens(preset: str, quantised: bool, num_tokens: int) -> None:
+    config = MoEConfig.preset(preset).scaled(hidden_size=1024, intermediate_size=256)
+    problem = MoEProblem(config, Parallel.parse("ep4", rank=1))
+    weights, x = support.weights(problem), tokens(config, num_tokens)
+    logits = torch.randn(num_tokens, config.num_experts, device="cuda")
+    bias = None
+    if config.routing_method == RoutingMethod.DeepSeekV3:
+        bias = torch.rand(config.num_experts, device="cuda") * 0.2
+    given, scale = quantise_rows(x) if quantised else (x, None)
+    layer = FusedMoE(config, problem.parallel, weights)
+    output = layer(given, logits, routing_bias=bias, hidden_states_scale=scale)
+    reference = reference_layer(problem, weights, x, *route(config, logits, bias))
+    assert relative_error(output, reference) <= LAYER_BOUND
+
+
 @pytest.mark.parametrize("num_tokens", [1, 7, 1000])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_from_the_kernels_own_gemm1(name: str, num_tokens: int) -> None:
@@ -135,16 +153,20 @@ def test_results_repeat_bit_for_bit() -> None:
         assert torch.equal(first, layer(x, logits))
 
 
-def test_cuda_graph_replays_new_inputs() -> None:
+@pytest.mark.parametrize("given", [False, True], ids=["allocated", "given"])
+@pytest.mark.parametrize("num_tokens", [8, 64])
+def test_cuda_graph_replays_new_inputs(num_tokens: int, given: bool) -> None:
     problem, _, layer = small("deepseek", "ep2", 1)
-    x, logits = tokens(problem.config, 64), torch.randn(64, 64, device="cuda")
-    workspace = torch.empty(layer.workspace_bytes(64), dtype=torch.uint8, device="cuda")
-    output = torch.empty_like(x)
-    layer(x, logits, output=output, workspace=workspace)
+    x, logits = tokens(problem.config, num_tokens), torch.randn(num_tokens, 64, device="cuda")
+    memory: dict[str, Tensor] = {}
+    if given:
+        workspace = torch.empty(layer.workspace_bytes(num_tokens), dtype=torch.uint8, device="cuda")
+        memory = {"output": torch.empty_like(x), "workspace": workspace}
+    layer(x, logits, **memory)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layer(x, logits, output=output, workspace=workspace)
-    x.copy_(tokens(problem.config, 64, seed=9))
+        output = layer(x, logits, **memory)
+    x.copy_(tokens(problem.config, num_tokens, seed=9))
     logits.normal_()
     output.fill_(torch.nan)
     graph.replay()

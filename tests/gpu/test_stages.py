@@ -120,6 +120,15 @@ def test_combine(num_tokens: int) -> None:
     assert not call.output[num_tokens // 2].any()  # the token whose ids are all -1
 
 
+def routing_inputs(config: MoEConfig, num_tokens: int, dtype: torch.dtype, quantised: bool = False) -> LayerInputs:
+    x = torch.randn(num_tokens, config.hidden_size, device="cuda", dtype=torch.bfloat16)
+    logits = torch.randn(num_tokens, config.num_experts, device="cuda").to(dtype)
+    deepseek = config.routing_method == RoutingMethod.DeepSeekV3
+    bias = torch.rand(config.num_experts, device="cuda").to(dtype) * 0.2 if deepseek else None
+    values, scale = quantise_rows(x) if quantised else (x, None)
+    return LayerInputs(values, scale, routing_logits=logits, routing_bias=bias)
+
+
 @pytest.mark.parametrize("num_tokens", [1, 6, 333])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -129,21 +138,45 @@ def test_combine(num_tokens: int) -> None:
         MoEConfig("mixtral", 256, 256, 8, 2),
         MoEConfig("r1", 256, 256, 256, 8, RoutingMethod.DeepSeekV3, 8, 4, 2.5),
         MoEConfig("kimi", 256, 256, 384, 8, RoutingMethod.DeepSeekV3, 1, 1, 2.827),
+        MoEConfig("unequal", 256, 256, 60, 4, RoutingMethod.DeepSeekV3, 5, 2, 1.5),
+        MoEConfig("many-groups", 256, 256, 256, 8, RoutingMethod.DeepSeekV3, 32, 8, 1.0),
     ],
     ids=lambda config: config.name,
 )
 def test_route(config: MoEConfig, dtype: torch.dtype, num_tokens: int) -> None:
     problem = MoEProblem(config, Parallel.parse("dep1"))
-    logits = torch.randn(num_tokens, config.num_experts, device="cuda").to(dtype)
-    deepseek = config.routing_method == RoutingMethod.DeepSeekV3
-    bias = torch.rand(config.num_experts, device="cuda").to(dtype) * 0.2 if deepseek else None
-    x = torch.randn(num_tokens, config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    inputs = LayerInputs(x, routing_logits=logits, routing_bias=bias)
+    inputs = routing_inputs(config, num_tokens, dtype)
     call = support.Call(problem, support.weights(problem), inputs).run(Stage.ROUTE)
     ids = call.region("topk_ids", num_tokens, config.top_k, dtype=torch.int32).cpu()
     weights = call.region("topk_weights", num_tokens, config.top_k).cpu()
+    logits, bias = inputs.routing_logits, inputs.routing_bias
+    assert logits is not None
     expected_ids, expected_weights = route(config, logits.cpu(), None if bias is None else bias.cpu())
+    deepseek = config.routing_method == RoutingMethod.DeepSeekV3
     same = (ids == expected_ids).all(1)
     # bf16 logits tie, and those must agree; a sigmoid's last bit may swap two neighbours in rare rows.
     assert same.float().mean() >= (0.98 if deepseek and num_tokens > 100 else 1.0)
     assert torch.allclose(weights[same], expected_weights[same], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 32, 33])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("quantised", [False, True], ids=["bf16", "e4m3"])
+@pytest.mark.parametrize("preset", ["mixtral-8x7b", "qwen3-235b", "deepseek-r1", "kimi-k2"])
+def test_stages_together_leave_what_they_leave_apart(
+    preset: str, quantised: bool, dtype: torch.dtype, num_tokens: int
+) -> None:
+    config = MoEConfig.preset(preset).scaled(hidden_size=1024, intermediate_size=128)
+    problem = MoEProblem(config, Parallel.parse("ep4", rank=1))
+    call = support.Call(problem, support.weights(problem), routing_inputs(config, num_tokens, dtype, quantised))
+    apart = left_by(call, Stage.ROUTE, Stage.PERMUTE, Stage.GATHER)
+    assert torch.equal(left_by(call, Stage.ROUTE, Stage.PERMUTE | Stage.GATHER), apart)
+    assert torch.equal(left_by(call, Stage.ROUTE | Stage.PERMUTE | Stage.GATHER), apart)
+
+
+def left_by(call: support.Call, *runs: Stage) -> Tensor:
+    """The workspace, which holds what the stages write, ids and weights of the routing among it."""
+    call.workspace.fill_(0xFF)
+    for stages in runs:
+        call.run(stages)
+    return call.workspace.clone()
