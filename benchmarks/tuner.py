@@ -2,10 +2,13 @@
 
     python -m benchmarks.tuner --json FILE [--case MODEL:LAYOUT ...] [--small]
 
-For each case a plan is tuned, and then judged on workloads of another seed than any tuning saw:
+For each case a plan is tuned, and then judged on workloads of other seeds than any tuning saw, at each number of tokens
+on the mean of several draws, for a plan names one tactic for all of them:
 
-- regret: the plan's time over that of the fastest tactics at each point, on tokens that are powers of two. Both are
-  measured anew and the fastest is picked from the same noisy times, so the figure is an upper bound, never negative.
+- regret: the plan's time over that of the fastest tactics at each point, on tokens that are powers of two. The fastest
+  are picked on half of the draws and timed on the other half, and the other way round; see `benchmarks.oracle`. That
+  may miss the fastest, so regret is understated a little, and can be negative.
+- bound: the same, picked and timed on all draws: with hindsight, so it is overstated, and never negative.
 - default: the gain over the default tactics at the same points; the worst is the loss, if there is one.
 - flips: two independent tunes' winners, and the share of time lost where they differ.
 - transfer: regret at tokens that are no buckets.
@@ -23,9 +26,9 @@ delta is the gain in tokens per second, which count on each GPU: under `ep` all 
 
 What keeps the device time short: one set of weights serves a model's layouts, and no plan is tuned twice; plans for
 skew have buckets at powers of four only; every tactic is timed at every point of regret and transfer, but beyond the
-scouting rounds only those near the fastest and those that a plan or the default runs; two tunes' tactics are timed
-where they differ. `seconds` in the results says where the time went. `--small` does all this on the CPU executor with
-a layer that it can time in seconds.
+scouting rounds only those near the fastest and those that a plan or the default runs, and draws share the rounds; two
+tunes' tactics are timed where they differ. `seconds` in the results says where the time went. `--small` does all this
+on the CPU executor with a layer that it can time in seconds.
 """
 
 from __future__ import annotations
@@ -35,25 +38,27 @@ import functools
 import random
 import statistics
 import time
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import permutations
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common import cuda_executor, problem, provenance, write_json
+from benchmarks.oracle import Draws, by_draw, means, medians, with_hindsight, without_hindsight
+from benchmarks.tuner_tables import comparison, tables
 from moe_runtime import FP8BlockWeights, MoEConfig, Plan
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair, able_tactics
+from moe_runtime.executors.base import GEMMS, Executor, Gemm, GemmTrial, MoEProblem, TacticPair, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.parallel import Parallel
 from moe_runtime.tuning import tune
+from moe_runtime.tuning.draws import draws
 from moe_runtime.tuning.plan_tools import choices, serving_entry
 from moe_runtime.tuning.quarantine import vetting
 from moe_runtime.weights import random_weights
@@ -62,13 +67,14 @@ from moe_runtime.workload import DISPATCH, Workload, kernel_rows, make_workload
 CASES = ("qwen3-235b:dep2", "qwen3-235b:ep2", "deepseek-r1:dep8", "deepseek-r1:ep8")
 SKEWED = ("zipf:1.0", "dirichlet:0.3")
 TUNED_ON = "random"
-OTHER_SEED = 1000
-"""Far from the seeds that tuning draws its samples from."""
-SCOUT_ROUNDS = 3
+AGAIN_SEED, OTHER_SEED = 500, 1000
+"""Of the second tune, and of the draws that judge: tunes draw from their seed and those after it."""
+LEAST_DRAWS = 2
+"""As many as it takes to pick on one half and time on the other."""
+SCOUT_ROUNDS, LEAST_ROUNDS = 3, 5
 NEAR = 1.15
 """Who is this far behind the fastest after the scouting rounds is not the fastest: they are good to a few percent."""
 
-T = TypeVar("T", bound=Hashable)
 Point = dict[str, Any]
 
 
@@ -84,8 +90,14 @@ class Size:
 FULL = Size(tuple(1 << i for i in range(15)), between=40, rounds=15)
 SMALL = Size((1, 4, 16), between=3, rounds=5)
 
-# Layouts and parts of the benchmark meet the same workloads, of which the largest take a second to draw.
-_workload = functools.lru_cache(maxsize=256)(make_workload)
+
+@functools.lru_cache(maxsize=256)
+def _drawn(problem: MoEProblem, tokens: int, distribution: str) -> list[Workload]:
+    """Kept, for the largest take a second to draw, and both GEMMs meet them."""
+    found: list[Workload] = []
+    while len(found) < LEAST_DRAWS:
+        found += draws(problem, (tokens,), distribution, OTHER_SEED + len(found))
+    return found
 
 
 @dataclass
@@ -100,7 +112,7 @@ class Bench:
     weights: FP8BlockWeights
     size: Size
     plans: dict[str, Plan] = field(default_factory=dict)
-    times: dict[tuple[str, int], dict[Gemm, dict[str, float]]] = field(default_factory=dict)
+    times: dict[tuple[str, int], dict[Gemm, dict[str, Draws]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -118,33 +130,39 @@ class Bench:
 
     def workload(self, tokens: int, distribution: str, dispatch: str = DISPATCH) -> Workload:
         """One that no tuning saw."""
-        return _workload(self.problem.config, self.problem.parallel, tokens, distribution, OTHER_SEED, dispatch)
+        return make_workload(self.problem.config, self.problem.parallel, tokens, distribution, OTHER_SEED, dispatch)
 
-    def race(self, workload: Workload, gemm: Gemm, tactics: Sequence[str]) -> dict[str, float]:
-        trial = self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
-        return _medians(trial.time(tactics, self.size.rounds))
+    def trials(self, tokens: int, distribution: str, gemm: Gemm) -> list[GemmTrial]:
+        """Of the draws that bring rows to the rank."""
+        return [
+            self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
+            for workload in _drawn(self.problem, tokens, distribution)
+            if workload.local_slots
+        ]
 
-    def survey(self, distribution: str, tokens: int) -> dict[Gemm, dict[str, float]]:
-        """Microseconds of each GEMM by tactic: of those near the fastest, the default's and the plans' so far.
+    def race(self, trials: Sequence[GemmTrial], tactics: Sequence[str]) -> dict[str, Draws]:
+        return by_draw(trials, tactics, max(LEAST_ROUNDS, self.size.rounds // len(trials)))
+
+    def survey(self, distribution: str, tokens: int) -> dict[Gemm, dict[str, Draws]]:
+        """Times of each GEMM by tactic: of those near the fastest, the default's and the plans' so far.
 
         Empty where the GEMMs have no rows.
         """
         if (distribution, tokens) not in self.times:
-            workload = self.workload(tokens, distribution)
             pairs = [self.default(tokens), *(self.chosen(plan, tokens) for plan in self.plans.values())]
             self.times[distribution, tokens] = {
-                gemm: self._survey_gemm(workload, gemm, {pair[index] for pair in pairs}) if workload.local_slots else {}
+                gemm: self._survey_gemm(self.trials(tokens, distribution, gemm), gemm, {pair[index] for pair in pairs})
                 for index, gemm in enumerate(GEMMS)
             }
         return self.times[distribution, tokens]
 
-    def _survey_gemm(self, workload: Workload, gemm: Gemm, named: set[str]) -> dict[str, float]:
+    def _survey_gemm(self, trials: Sequence[GemmTrial], gemm: Gemm, named: set[str]) -> dict[str, Draws]:
+        if not trials:
+            return {}
         tactics = able_tactics(self.executor, self.problem, gemm)
-        trial = self.executor.gemm_trial(self.problem, self.weights, workload, gemm, OTHER_SEED)
-        scouted = _medians(trial.time(tactics, SCOUT_ROUNDS))
+        scouted = means(by_draw(trials, tactics, SCOUT_ROUNDS))
         limit = NEAR * min(scouted.values())
-        near = [tactic for tactic in tactics if scouted[tactic] <= limit or tactic in named]
-        return _medians(trial.time(near, self.size.rounds))
+        return self.race(trials, [tactic for tactic in tactics if scouted[tactic] <= limit or tactic in named])
 
     def default(self, tokens: int) -> TacticPair:
         rows = kernel_rows(tokens, self.problem.parallel)
@@ -158,28 +176,30 @@ class Bench:
 
     def us(self, distribution: str, tokens: int, tactics: TacticPair) -> float:
         surveyed = self.survey(distribution, tokens)
-        return sum(surveyed[gemm].get(tactic, 0.0) for gemm, tactic in zip(GEMMS, tactics, strict=True))
-
-    def best_us(self, distribution: str, tokens: int) -> float:
-        return sum(min(times.values(), default=0.0) for times in self.survey(distribution, tokens).values())
+        return sum(statistics.fmean(surveyed[gemm][tactic]) for gemm, tactic in zip(GEMMS, tactics, strict=True))
 
     def points(self, plan: Plan, tokens: Iterable[int]) -> list[Point]:
         """The plan, the default and the fastest at each number of tokens that brings rows to the rank."""
         found, distribution = [], plan.key.distribution
         for count in tokens:
-            best = self.best_us(distribution, count)
-            if best == 0:
+            surveyed = self.survey(distribution, count)
+            if not all(surveyed.values()):
                 continue
             us = self.us(distribution, count, self.chosen(plan, count))
             default = self.us(distribution, count, self.default(count))
+            best, least = (sum(map(how, surveyed.values())) for how in (without_hindsight, with_hindsight))
             found.append(
                 {
                     "tokens": count,
+                    "tactics": self.chosen(plan, count),
                     "us": us,
                     "default_us": default,
                     "best_us": best,
+                    "least_us": least,
                     "regret": us / best - 1,
+                    "bound": us / least - 1,
                     "gain": default / us - 1,
+                    "surveyed": surveyed,
                 }
             )
         return found
@@ -202,10 +222,11 @@ class Bench:
         flipped: list[Point] = []
         for one, other in zip(first.entries, second.entries, strict=True):
             for (gemm, mine), (_, its) in zip(choices(one), choices(other), strict=True):
-                workload = self.workload(one.bucket, first.key.distribution)
-                if mine.tactic != its.tactic and workload.local_slots:
-                    tactics = [mine.tactic, its.tactic]
-                    us = list(self.race(workload, gemm, tactics).values())
+                if mine.tactic == its.tactic:
+                    continue
+                tactics, trials = [mine.tactic, its.tactic], self.trials(one.bucket, first.key.distribution, gemm)
+                if trials:
+                    us = list(means(self.race(trials, tactics)).values())
                     flipped.append({"tokens": one.bucket, "gemm": gemm, "tactics": tactics, "us": us})
         places, least = len(GEMMS) * len(first.entries), sum(min(flip["us"]) for flip in flipped)
         lost = sum(max(flip["us"]) for flip in flipped) / least - 1 if flipped else 0.0
@@ -223,7 +244,7 @@ class Bench:
                 continue
             pairs = [self.chosen(plan, count) for plan in (before, after)]
             trial = self.executor.layer_trial(self.problem, self.weights, workload, OTHER_SEED)
-            times = _medians(trial.time(list(dict.fromkeys(pairs)), self.size.rounds))
+            times = medians(trial.time(list(dict.fromkeys(pairs)), self.size.rounds))
             us, parallel = [times[pair] for pair in pairs], self.problem.parallel
             tokens_of_a_gpu = count if parallel.use_dp else count / parallel.world_size
             found.append(
@@ -238,17 +259,13 @@ class Bench:
         return found
 
 
-def _medians(times: Mapping[T, Sequence[float]]) -> dict[T, float]:
-    return {name: statistics.median(us) for name, us in times.items()}
-
-
 def judge(bench: Bench) -> dict[str, Any]:
     """All measurements of one case. Its plans come first: a survey times what any of them runs."""
     tokens, fourths = bench.size.tokens, bench.size.tokens[::2]
     with bench.part("tune"), vetting(bench.problem, str(bench.weights.device)) as vet:
         plan = bench.tune("own", TUNED_ON, vet=vet)
     with bench.part("tune again"):
-        again = bench.tune("again", TUNED_ON, seed=1)
+        again = bench.tune("again", TUNED_ON, seed=AGAIN_SEED)
     with bench.part("tune for skew"):
         for distribution in ("balanced", *SKEWED):
             bench.tune(distribution, distribution, buckets=fourths)
@@ -299,35 +316,12 @@ def _mean(points: Sequence[Point], name: str) -> float:
 
 
 def _summary(points: Sequence[Point]) -> dict[str, Any]:
-    return {"mean": _mean(points, "regret"), "worst": max(point["regret"] for point in points)}
-
-
-def tables(name: str, result: dict[str, Any]) -> Iterable[Table | str]:
-    yield (
-        f"{name}: tuned {len(result['buckets'])} buckets in {result['tune_seconds']:.0f} s; "
-        f"regret mean {result['regret']['mean']:.2%}, worst {result['regret']['worst']:.2%}; "
-        f"between buckets mean {result['transfer']['mean']:.2%}, worst {result['transfer']['worst']:.2%}; "
-        f"{len(result['flips']['flipped'])} of {result['flips']['places']} winners flipped, "
-        f"which loses {result['flips']['lost']:.2%} there"
-    )
-    table = Table("tokens", "default us", "plan us", "gain", "best us", "regret", title=f"{name}: against the default")
-    for point in result["points"]:
-        times = [f"{point[key]:.1f}" for key in ("default_us", "us", "best_us")]
-        gain, regret = f"{point['gain']:+.2%}", f"{point['regret']:.2%}"
-        table.add_row(str(point["tokens"]), times[0], times[1], gain, times[2], regret)
-    yield table
-    for distribution, points in result["skew"].items():
-        yield comparison(f"{name}: {distribution}, tuned on balanced and on it", points)
-    yield f"{name}: " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result["seconds"].items())
-
-
-def comparison(title: str, points: Sequence[Point]) -> Table:
-    table = Table("tokens", "before us", "after us", "delta", "tokens/s a GPU", title=title)
-    for point in points:
-        before, after = (f"{us:.1f}" for us in point["us"])
-        rate = f"{point['tokens_per_second_per_gpu'][1]:,.0f}"
-        table.add_row(str(point["tokens"]), before, after, f"{point['delta']:+.2%}", rate)
-    return table
+    return {
+        "mean": _mean(points, "regret"),
+        "worst": max(point["regret"] for point in points),
+        "mean_bound": _mean(points, "bound"),
+        "worst_bound": max(point["bound"] for point in points),
+    }
 
 
 def benches(cases: Sequence[str], small: bool) -> Iterator[tuple[str, dict[str, Bench]]]:

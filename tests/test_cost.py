@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from moe_runtime import MoEConfig, Parallel, machine
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import MoEProblem
+from moe_runtime.executors.base import GEMMS, MoEProblem
 from moe_runtime.kernels import KernelVariant
 from moe_runtime.roofs import ROOFS, Roofs
 from moe_runtime.tuning.buckets import MOST, by_usefulness, plan_buckets, propose
 from moe_runtime.tuning.cost import HEADROOM, cost, predict, promising
 from moe_runtime.workload import buckets as powers_of_two
-from moe_runtime.workload import make_workload
+from moe_runtime.workload import kernel_rows, make_workload
 
+from .test_cuda_tactics import executor
 from .test_tuner import FakeExecutor
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h200" / "gemm.json"
@@ -212,9 +213,21 @@ def test_buckets_cover_the_range(text: str, model: str, tune_max: int, smeared: 
     assert all(second <= 3.1 * first for first, second in pairwise((*found, tune_max)) if second <= 8192)
 
 
-def test_unequal_rows_get_points_halfway() -> None:
-    even, smeared = (propose(problem("deepseek-r1", "dep8"), 8192, TILES, smeared) for smeared in (False, True))
-    assert set(even) < set(smeared) and {49, 95, 185} <= set(smeared) and len(smeared) <= MOST
+def test_unequal_rows_outgrow_a_tile_before_their_mean_fills_it() -> None:
+    """dep8: 19 tokens a rank are 4.75 rows an expert and 8.02 with the spread, 213 are 53.25 and 64.2."""
+    smeared = propose(problem("deepseek-r1", "dep8"), 8192, TILES, True)
+    assert {19, 45, 99, 213, 449} <= set(smeared) and {3, 29, 145, 309} <= set(smeared) and len(smeared) <= MOST
+
+
+@pytest.mark.parametrize("text", ["dep2", "ep2"])
+def test_a_bucket_has_one_default(text: str) -> None:
+    """So where the plan keeps the default of a bucket's first call, its other calls lose nothing to their own."""
+    shape, made = problem("qwen3-235b", text), executor(LIBRARY)
+    found = propose(shape, 16384, TILES, True)
+    for first, after in pairwise((*found, 16384)):
+        for gemm in GEMMS:
+            rows = (kernel_rows(tokens, shape.parallel) for tokens in (first, after - 1))
+            assert len({made.default_tactic(shape, gemm, count) for count in rows}) == 1, (first, after, gemm)
 
 
 @pytest.mark.parametrize("tune_max", [1, 500, 9000])

@@ -44,7 +44,7 @@ def test_explain_tells_bucket_workload_and_candidates() -> None:
         "bad",
         "hot",
     ]
-    assert [one.note for one in gemm1.candidates[:4]] == ["out in an earlier heat", "chosen", "", "default"]
+    assert [one.note for one in gemm1.candidates[:4]] == ["not surely faster", "chosen", "", "default"]
     assert gemm1.candidates[1].predicted == 40 and "cost model" in gemm1.candidates[4].note
     assert [one.note for one in gemm1.candidates[6:]] == ["wrong result", "quarantined: illegal access"]
     assert "50.0% less time than the default" in gemm1.decision and gemm2.tactic == DEFAULT

@@ -94,7 +94,31 @@ def test_samples_that_disagree_leave_doubt() -> None:
 
 
 def test_without_the_default_the_fastest_wins() -> None:
-    assert winner({"a": noisy(100, 1), "b": noisy(99.99, 1)}, "plain", Rule()) == "b"
+    assert winner({"a": noisy(100, 1), "b": noisy(95, 1)}, "plain", Rule()) == "b"
+
+
+def test_of_equals_the_first_wins_whatever_the_noise() -> None:
+    """Which of two equals is the fastest is a coin toss, so two tunes would disagree at half of the buckets."""
+    races = [
+        {"plain": noisy(100, 3 * seed), "a": noisy(50, 3 * seed + 1), "b": noisy(50, 3 * seed + 2)}
+        for seed in range(40)
+    ]
+    fastest = [min(race, key=lambda name: objective_us(race[name], "mean")) for race in races]
+    assert min(fastest.count("a"), fastest.count("b")) > 10
+    assert {winner(race, "plain", Rule()) for race in races} == {"a"}
+    assert {winner({"plain": race["plain"], "b": race["b"], "a": race["a"]}, "plain", Rule()) for race in races} == {
+        "b"
+    }
+
+
+def test_being_first_does_not_outweigh_a_gain() -> None:
+    assert winner({"plain": noisy(100, 1), "a": noisy(50, 2), "b": noisy(48, 3)}, "plain", Rule()) == "b"
+
+
+def test_who_equals_the_fastest_must_itself_beat_the_default() -> None:
+    exact = {name: np.full((1, 5), us) for name, us in (("plain", 100.0), ("a", 99.2), ("b", 98.5))}
+    assert winner(exact, "plain", Rule(margin=0.01)) == "b"
+    assert winner(exact | {"a": np.full((1, 5), 98.9)}, "plain", Rule(margin=0.01)) == "a"
 
 
 @given(st.lists(st.floats(1, 1e6), min_size=1, max_size=12), st.sampled_from(["mean", "p95"]))

@@ -167,7 +167,7 @@ def test_a_fault_afterwards_leaves_a_pair_that_raced() -> None:
         (
             ("a", "b"),
             timed(("a", "d", 61), ("a", "b", 61.5)),
-            "0.8% less time, but replaces what each GEMM's own times",
+            "0.8% less time, but replaces the default, what each GEMM's own times",
         ),
     ],
 )

@@ -1,13 +1,15 @@
 """Who races, for how long, and who is spared the race."""
 
+import math
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
 from moe_runtime.tuning import tune, tuner
 from moe_runtime.tuning.measure import Rule
-from moe_runtime.tuning.profiler import OutOfTime, profile
+from moe_runtime.tuning.profiler import OutOfTime, profile, race
 from moe_runtime.weights import FP8BlockWeights
 
 from .test_tuner import CONFIG, FakeExecutor, FakeTrial, problem
@@ -15,7 +17,7 @@ from .test_tuner import CONFIG, FakeExecutor, FakeTrial, problem
 
 def test_hopeless_tactics_leave_the_race_but_the_default_stays() -> None:
     trial = FakeTrial({"plain": 1000, "quick": 10, "close": 15, "slow": 30})
-    profiled = profile([trial], list(trial.us), "plain", 1e-3, Rule())
+    profiled = profile([[trial]], list(trial.us), "plain", 1e-3, Rule())
     assert trial.timed == [("plain", "quick", "close", "slow"), ("plain", "quick", "close")]
     assert profiled.tactic == "quick"
     assert {tactic: timing.us for tactic, timing in profiled.timings.items()} == {
@@ -26,13 +28,13 @@ def test_hopeless_tactics_leave_the_race_but_the_default_stays() -> None:
 def test_the_field_halves_until_the_final() -> None:
     us = {"plain": 50.0} | {f"t{i}": 100.0 + 10 * i for i in range(16)}
     trial = FakeTrial(us)
-    profiled = profile([trial], list(us), "plain", 1e-3, Rule())
+    profiled = profile([[trial]], list(us), "plain", 1e-3, Rule())
     assert [len(heat) for heat in trial.timed] == [17, 2]
     assert profiled.tactic == "plain"
 
     us = {"plain": 150.0} | {f"t{i}": 100.0 + 6 * i for i in range(16)}
     trial = FakeTrial(us)
-    assert profile([trial], list(us), "plain", 1e-3, Rule()).tactic == "t0"
+    assert profile([[trial]], list(us), "plain", 1e-3, Rule()).tactic == "t0"
     sizes = [len(heat) for heat in trial.timed]
     assert sizes[0] == 17 and sizes[-1] <= 4
     assert all(later <= earlier // 2 + 2 for earlier, later in pairwise(sizes))
@@ -42,14 +44,42 @@ def test_the_field_halves_until_the_final() -> None:
 def test_near_ties_are_not_halved_away() -> None:
     us = {name: 100.0 + place for place, name in enumerate(["plain", "a", "b", "c", "d"])}
     trial = FakeTrial(us)
-    profile([trial], list(us), "plain", 1e-3, Rule())
+    profile([[trial]], list(us), "plain", 1e-3, Rule())
     assert [len(heat) for heat in trial.timed] == [5, 5]
+
+
+def test_a_time_is_the_mean_over_the_workloads_of_a_sample() -> None:
+    near, far = FakeTrial({"plain": 10, "quick": 8}), FakeTrial({"plain": 30, "quick": 40})
+    times = race([[near, far], [near]], ["plain", "quick"], 2, math.inf)
+    assert times["plain"].tolist() == [[20, 21], [10, 11]] and times["quick"].tolist() == [[24, 25], [8, 9]]
+    found = profile([[near, far]], list(near.us), "plain", 1e-3, Rule())
+    assert found.tactic == "plain" and found.timings["quick"].us == 24
+
+
+def test_many_workloads_are_scouted_on_some_and_share_the_rounds_of_the_final() -> None:
+    """Sixteen workloads are not eight times the work of two."""
+    us = {"plain": 100.0, **{f"t{i}": 100.0 + i for i in range(4)}}
+
+    class Counting(FakeTrial):
+        rounds = 0
+
+        def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
+            self.rounds += repeats
+            return super().time(tactics, repeats)
+
+    def rounds(workloads: int) -> list[int]:
+        trials = [Counting(us) for _ in range(workloads)]
+        profile([trials], list(us), "plain", 1e-3, Rule())
+        return [trial.rounds for trial in trials]
+
+    assert rounds(2) == [33, 33] and rounds(1) == [33]
+    assert rounds(16) == [7, 5, 5, 5] * 4
 
 
 def test_nothing_is_timed_after_the_deadline() -> None:
     trial = FakeTrial({"plain": 10, "quick": 5})
     with pytest.raises(OutOfTime):
-        profile([trial], list(trial.us), "plain", 1e-3, Rule(), deadline=time.monotonic() - 1)
+        profile([[trial]], list(trial.us), "plain", 1e-3, Rule(), deadline=time.monotonic() - 1)
     assert trial.timed == []
 
 

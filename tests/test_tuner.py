@@ -321,9 +321,9 @@ def test_samples_are_other_workloads(weights: FP8BlockWeights) -> None:
     executor = Watched({"plain": 100, "quick": 50})
     plan = tune(problem(), weights, executor, 16, "random", 7, samples=3, buckets=[16])
     assert [seed for seed, _ in seen] == [7, 8, 9] * 2 and len({tuple(rows) for _, rows in seen}) == 3
-    assert plan.samples == 3 and plan.entries[0].gemm1.us == pytest.approx((50 + 50 + 100) / 3)
+    assert plan.samples == 3 and plan.entries[0].gemm1.us == pytest.approx((50 + 50 + 100) / 3, abs=0.5)
     worst = tune(problem(), weights, executor, 16, "random", 7, samples=3, objective="p95", buckets=[16])
-    assert worst.key.objective == "p95" and worst.entries[0].gemm1.us == pytest.approx(95)
+    assert worst.key.objective == "p95" and worst.entries[0].gemm1.us == pytest.approx(95, abs=0.5)
 
 
 def quiet() -> Console:

@@ -11,6 +11,7 @@ from benchmarks import tuner as benchmark
 from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.tuning import profiler
+from moe_runtime.tuning.draws import DRAWS_OF_FEW_ROWS
 
 from .test_tuner import FakeExecutor
 
@@ -35,9 +36,11 @@ def test_small_form_on_the_cpu(
         assert [point["tokens"] for point in result["points"]] == [1, 4]
         assert [point["tokens"] for point in result["transfer"]["points"]] == [3]
         for summary in (result["regret"], result["transfer"]):
-            assert math.isfinite(summary["worst"]) and 0 <= summary["mean"] <= summary["worst"]
+            assert math.isfinite(summary["worst"]) and summary["mean"] <= summary["worst"]
+            assert 0 <= summary["mean_bound"] <= summary["worst_bound"]
         for point in result["points"] + result["transfer"]["points"]:
-            assert 0 < point["best_us"] <= min(point["us"], point["default_us"]) and point["regret"] >= 0
+            assert 0 < point["least_us"] <= min(point["us"], point["default_us"], point["best_us"])
+            assert point["bound"] >= max(0, point["regret"]) and set(point["surveyed"]) == {"gemm1", "gemm2"}
             assert point["gain"] == pytest.approx(point["default_us"] / point["us"] - 1)
         assert result["flips"]["places"] == 6 and 0 <= result["flips"]["lost"] < math.inf
         assert set(result["skew"]) == {"zipf:1.0", "dirichlet:0.3"}
@@ -71,12 +74,12 @@ def test_regret_by_hand(bench: benchmark.Bench) -> None:
     plan = bench.tune("own", "balanced")
     (point,) = bench.points(plan, [4])
     assert (point["us"], point["default_us"], point["best_us"]) == (100, 200, 100)
-    assert (point["regret"], point["gain"]) == (0, 1)
+    assert (point["regret"], point["bound"], point["gain"]) == (0, 0, 1)
 
     bench.times.clear()
     bench.executor.us |= {"fair": 40}  # type: ignore[attr-defined]
     (point,) = bench.points(plan, [4])
-    assert (point["best_us"], point["regret"]) == (80, 0.25)
+    assert (point["best_us"], point["regret"], point["bound"]) == (80, 0.25, 0.25)
 
 
 def test_a_survey_scouts_all_and_times_those_that_matter(
@@ -91,10 +94,30 @@ def test_a_survey_scouts_all_and_times_those_that_matter(
     make = executor.gemm_trial
     monkeypatch.setattr(executor, "gemm_trial", lambda *given: trials.append(make(*given)) or trials[-1])
     found = bench.survey("balanced", 4)
-    assert found == bench.survey("balanced", 4) and len(trials) == 2
+    assert found == bench.survey("balanced", 4) and len(trials) == 2 * benchmark.LEAST_DRAWS
     for trial in trials:
         assert trial.timed == [("plain", "quick", "fair", "close", "far"), ("plain", "quick", "fair", "close")]
-    assert found["gemm2"] == {"plain": 100, "quick": 300, "fair": 80, "close": 90}
+    assert found["gemm2"] == {"plain": [100, 100], "quick": [300, 300], "fair": [80, 80], "close": [90, 90]}
+
+
+def test_draws_that_judge_are_those_of_no_tune() -> None:
+    bench = make_bench()
+    seen: list[int] = []
+    make = bench.executor.gemm_trial
+
+    def gemm_trial(problem, weights, workload, gemm, seed):  # type: ignore[no-untyped-def]
+        seen.append(workload.seed)
+        return make(problem, weights, workload, gemm, seed)
+
+    bench.executor.gemm_trial = gemm_trial  # type: ignore[method-assign]
+    drawn = []
+    for seed in (0, benchmark.AGAIN_SEED):
+        bench.tune(f"from {seed}", "random", seed)
+        drawn.append(set(seen))
+        seen.clear()
+    bench.survey("random", 4)
+    assert len(seen) == 2 * DRAWS_OF_FEW_ROWS
+    assert drawn[0].isdisjoint(drawn[1]) and drawn[0].isdisjoint(seen) and drawn[1].isdisjoint(seen)
 
 
 def test_flips_by_hand(bench: benchmark.Bench) -> None:

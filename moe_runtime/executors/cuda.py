@@ -22,8 +22,8 @@ from ..kernels import (
     load_library,
 )
 from ..weights import FP8BlockWeights
-from ..workload import Workload, tokens_per_rank
-from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair
+from ..workload import Workload
+from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair, rows_to_hold
 
 ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
 _TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
@@ -67,22 +67,16 @@ class CudaExecutor:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """The direct kernel with the least token tile that holds the mean rows per expert; fused with SwiGLU for gemm1.
-
-        Means hide the spread over experts: what else there is, is left to tuning.
-        """
+        """Of the least token tile that holds an expert's rows, or the largest where none does: see `_preference`."""
         return self._default(problem, gemm, num_rows)
 
     def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        config, parallel = problem.config, problem.parallel
-        experts = problem.num_local_experts if parallel.use_dp else config.num_experts
-        mean_rows = tokens_per_rank(num_rows, parallel) * config.top_k / experts
-        # A library built of a few variants may lack the family.
+        rows = rows_to_hold(problem.mean_rows(num_rows))
         able = [v for v in self._variants.values() if self.can_implement(problem, gemm, v.name) is None]
-        family = [variant for variant in able if _is_default(variant, gemm)] or able
-        holds = [variant for variant in family if variant.token_tile >= mean_rows]
-        chosen = min(holds, key=_token_tile) if holds else max(family, key=_token_tile)
-        return chosen.name
+        tiles = sorted({variant.token_tile for variant in able})
+        tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
+        suited = [variant for variant in able if variant.token_tile == tile]
+        return min(suited, key=functools.partial(_preference, many_rows=rows > tile)).name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
@@ -257,11 +251,13 @@ class CudaExecutor:
         return self.library.workspace_layout(self._shape(problem, num_tokens))
 
 
-def _is_default(variant: KernelVariant, gemm: Gemm) -> bool:
-    if gemm == "gemm1":
-        return variant.swiglu
-    return "_direct_" in variant.name and variant.weight_rows == 128
+def _preference(variant: KernelVariant, many_rows: bool) -> tuple[int, int]:
+    """Of variants with one token tile the default has the least of this; the first in the library of those alike.
 
-
-def _token_tile(variant: KernelVariant) -> int:
-    return variant.token_tile
+    many_rows: an expert's rows fill more than the tile.
+    """
+    if variant.swiglu:  # it spares the activation's kernel
+        return 0, 0
+    # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
+    weight_tile = variant.tile[0] if variant.swap_ab else variant.tile[1]
+    return 1, -weight_tile if many_rows else weight_tile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -154,6 +155,12 @@ class CudaLayerTrial:
         return self._timer.time(pairs, repeats)
 
 
+@functools.cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    """Four times L2: overwriting it takes about as long as the host needs to launch a layer."""
+    return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
+
+
 def _busy_experts(workload: Workload) -> int:
     return int((workload.rows_per_expert > 0).sum())
 
@@ -162,8 +169,9 @@ class _Timer(Generic[T]):
     """Microseconds of launches by name, in turns.
 
     Weights larger than the L2 cache are read from memory on every launch, as in a layer; tokens stay in L2, as there.
-    Where the weights of the experts with rows fit in L2, launches in a row would find them there, which a layer never
-    does, for other layers run in between. Then each launch is timed alone, after L2 was overwritten.
+    Where the weights of the experts with rows are less than a few times L2, launches in a row would find a part of them
+    there, which a layer never does, for other layers run in between. Then each launch is timed alone, after L2 was
+    overwritten.
 
     weights_bytes: that a launch reads. launch: holds no reference to who holds the timer, for such a circle would keep
     gigabytes until the garbage collector comes by.
@@ -173,8 +181,8 @@ class _Timer(Generic[T]):
         self._launch = launch
         # Kept from heat to heat: to estimate, capture and warm up takes as long as three rounds.
         self._graphs: dict[T, tuple[torch.cuda.CUDAGraph, int]] = {}
-        l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(2 * l2_bytes, dtype=torch.uint8, device=device) if weights_bytes < l2_bytes else None
+        flush = _flush_buffer(device)
+        self._flush = flush if weights_bytes < flush.nbytes else None
 
     def time(self, names: Sequence[T], repeats: int) -> dict[T, list[float]]:
         if self._flush is not None:

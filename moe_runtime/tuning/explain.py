@@ -170,9 +170,10 @@ def _note(choice: GemmChoice, tactic: str, out: Mapping[str, str], raced: Set[st
     chosen = choice.timings.get(choice.tactic)
     if tactic in raced and tactic != choice.tactic:
         marks.append("lost on the layer")
-    # Else the fastest of the final is chosen, or the default: who looks faster than another choice was not in it.
+    # Else the default is chosen, or the first of the final that no other beats: who looks faster did not beat it there,
+    # or was in earlier heats only.
     elif chosen is not None and choice.tactic != choice.default_tactic and choice.timings[tactic].us < chosen.us:
-        marks.append("out in an earlier heat")
+        marks.append("not surely faster")
     return ", ".join(marks)
 
 
@@ -210,8 +211,9 @@ def _pair_decision(plan: Plan, entry: PlanEntry) -> str:
         saved = f", {1 - us[fastest] / us[default]:.1%} below the default pair" if default in us else ""
         return f"the fastest of {len(us)} pairs{saved if fastest != default else ''}"
     return (
-        f"the fastest of {len(us)} pairs took {1 - us[fastest] / us[entry.pair]:.1%} less time, but replaces what each "
-        f"GEMM's own times chose only if it beats that and the default by more than {_rule(plan)}"
+        f"the fastest of {len(us)} pairs took {1 - us[fastest] / us[entry.pair]:.1%} less time, but replaces "
+        "the default, what each GEMM's own times chose and pairs before it only where it beats them by more than "
+        f"{_rule(plan)}"
     )
 
 

@@ -64,14 +64,17 @@ def beats(candidate: Times, default: Times, rule: Rule) -> bool:
 
 
 def winner(times: Mapping[T, Times], default: T, rule: Rule) -> T:
-    """The fastest where it beats the default, else the default; the fastest where the default is not among them.
+    """The default unless the fastest beats it; else, of those that beat it, the first that the fastest does not beat.
 
-    times: of the same samples and rounds.
+    Which of several equals is the fastest is chance, and another tune's chance is another: so the order in which they
+    are given decides, the same in every tune.
+    times: of the same samples and rounds. Where the default is not among them, none has to beat it.
     """
     fastest = min(times, key=lambda name: objective_us(times[name], rule.objective))
-    if default not in times or beats(times[fastest], times[default], rule):
-        return fastest
-    return default
+    if default in times and not beats(times[fastest], times[default], rule):
+        return default
+    able = [name for name in times if default not in times or beats(times[name], times[default], rule)]
+    return next(name for name in able if not beats(times[fastest], times[name], rule))
 
 
 def objective_us(times: Times, objective: Objective) -> float:

@@ -15,7 +15,7 @@ import msgspec
 from ..executors.base import LayerTrial, TacticPair
 from .measure import Rule, beats, judge, winner
 from .plan import GemmChoice, PairTiming, PlanEntry
-from .profiler import SCOUT_ROUNDS, final, race
+from .profiler import SCOUT_ROUNDS, final, race, scouts
 
 CONTENDERS = 2
 """Tactics of one GEMM that race in pairs: two of each make four pairs, and the default pair may be a fifth."""
@@ -48,15 +48,19 @@ def _contenders(choice: GemmChoice) -> list[str]:
 
 
 def race_pairs(
-    entry: PlanEntry, trials: Sequence[LayerTrial], pairs: Sequence[TacticPair], rule: Rule, deadline: float
+    entry: PlanEntry,
+    trials: Sequence[Sequence[LayerTrial]],
+    pairs: Sequence[TacticPair],
+    rule: Rule,
+    deadline: float,
 ) -> PlanEntry:
     """The entry with the pair that its layer is to run, and the times of all.
 
     What the GEMMs' own times chose stays, unless the winner by the rule that also judges each GEMM beats that by the
     same rule: one percent of a GEMM is worth having, but is less than one of the layer.
-    trials: one for each workload sample. Raises OutOfTime.
+    trials: of the workloads of each sample. Raises OutOfTime.
     """
-    scouted = race(trials, pairs, SCOUT_ROUNDS, deadline)
+    scouted = race(scouts(trials), pairs, SCOUT_ROUNDS, deadline)
     times = final(trials, pairs, scouted, deadline)
     best = winner(times, entry.default_pair, rule)
     stays = entry.pair in times and not beats(times[best], times[entry.pair], rule)

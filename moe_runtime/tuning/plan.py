@@ -115,8 +115,9 @@ class Timing(_Record, frozen=True):
 class GemmChoice(_Record, frozen=True):
     """The tactic of one GEMM in one bucket.
 
-    timings: by tactic that was timed, mean over `buckets.served_range`, the default included unless it was rejected;
-    tactics that left the race early have wider intervals. Empty where no row reaches this rank in this bucket.
+    timings: by tactic that was timed, mean over `buckets.served_range` and `draws`, the default included unless it
+    was rejected; tactics that left the race early have wider intervals. Empty where no row reaches this rank in this
+    bucket.
     rejected: reason by tactic for those that cannot run, faulted, or computed a wrong result.
     predicted: the cost model's microseconds by tactic; a tactic neither timed nor rejected was pruned on it.
     """

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from ..config import MoEConfig, RoutingMethod
 from ..errors import InvalidArgument, PlanRefused
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
-from ..workload import Workload, make_workload
+from ..workload import Workload
 from .buckets import served_range
+from .draws import draws
 from .plan import GemmChoice, Plan, PlanEntry, PlanKey, plan_lock
 
 SETTINGS = ("seed", "samples", "margin", "confidence")
@@ -68,11 +69,8 @@ def timed_workloads(plan: Plan, bucket: int) -> list[Workload]:
 
     Raises MoEError where a workload cannot be made again, as when a recorded distribution's file is gone.
     """
-    key, config = plan.key, config_of(plan.key)
-    return [
-        make_workload(config, key.parallel, tokens, key.distribution, plan.seed, key.dispatch)
-        for tokens in served_range(bucket, plan.buckets, key.distribution)
-    ]
+    key, ends = plan.key, served_range(bucket, plan.buckets, plan.key.distribution)
+    return draws(MoEProblem(config_of(key), key.parallel), ends, key.distribution, plan.seed, dispatch=key.dispatch)
 
 
 Verdict = Literal["matters", "noise", "unknown"]

@@ -23,9 +23,12 @@ NEAR = 1.05
 HOPELESS = 2.0
 """Slower than the fastest by this, a tactic leaves whichever half it is in: noise does not bridge that."""
 
+SCOUTED = 4
+"""Workloads of a sample that heats before the final race on: those only rule out what is far behind."""
 RACE_SECONDS = 0.3
-MIN_ROUNDS, MAX_ROUNDS = 5, 31
-"""Rounds of the final: as many as RACE_SECONDS holds, enough for a median, and no more than steady it."""
+MIN_ROUNDS, MAX_ROUNDS, MOST_TIMES = 5, 31, 62
+"""Rounds of the final: as many as RACE_SECONDS a workload holds, enough for a median, and no more than steady it. Many
+workloads steady it as well, so that MOST_TIMES of a tactic on those of a sample are enough."""
 
 
 class OutOfTime(Exception):
@@ -45,7 +48,7 @@ class Profile:
 
 
 def profile(
-    trials: Sequence[GemmTrial],
+    trials: Sequence[Sequence[GemmTrial]],
     tactics: Sequence[str],
     default: str,
     tolerance: float,
@@ -54,20 +57,20 @@ def profile(
 ) -> Profile:
     """Checks every tactic's result, then times those that passed in heats; the default stays to the end.
 
-    trials: one for each workload sample; results are checked on the first. tolerance: largest accepted
+    trials: of the workloads of each sample; results are checked on the very first. tolerance: largest accepted
     ||result - reference|| / ||reference||. deadline: on time.monotonic's clock.
 
     The final's times alone decide: in earlier heats the luckiest of many looks best, and is not.
     Raises OutOfTime.
     """
-    rejected = _check_all(trials[0], tactics, tolerance, deadline)
+    rejected = _check_all(trials[0][0], tactics, tolerance, deadline)
     racing = [tactic for tactic in tactics if tactic not in rejected]
     if not racing:
         return Profile(None, {}, rejected)
     times: dict[str, Times] = {}
     rounds, decided = SCOUT_ROUNDS, False
     while not decided:
-        times |= race(trials, racing, rounds, deadline)
+        times |= race(scouts(trials), racing, rounds, deadline)
         us = {tactic: objective_us(times[tactic], rule.objective) for tactic in racing}
         stay = _stay(us, default) if len(racing) > FINALISTS else racing
         decided = len(stay) <= FINALISTS or len(stay) == len(racing)
@@ -89,19 +92,32 @@ class Trial(Protocol[T]):
     def time(self, names: Sequence[T], repeats: int, /) -> dict[T, list[float]]: ...
 
 
-def race(trials: Sequence[Trial[T]], names: Sequence[T], rounds: int, deadline: float) -> dict[T, Times]:
-    """Microseconds [samples, rounds] by name. Raises OutOfTime."""
+def race(trials: Sequence[Sequence[Trial[T]]], names: Sequence[T], rounds: int, deadline: float) -> dict[T, Times]:
+    """Microseconds [samples, rounds] by name: the mean over a sample's trials. Raises OutOfTime.
+
+    The mean, as of one trial: a bucket serves both ends of its range and all draws, so confidence must not depend on
+    which of them were resampled.
+    """
     if time.monotonic() > deadline:
         raise OutOfTime
-    by_trial = [trial.time(names, rounds) for trial in trials]
-    return {name: np.array([times[name] for times in by_trial]) for name in names}
+    by_sample = [[trial.time(names, rounds) for trial in sample] for sample in trials]
+    return {name: np.array([np.mean([us[name] for us in each], axis=0) for each in by_sample]) for name in names}
 
 
-def final(trials: Sequence[Trial[T]], names: Sequence[T], before: Mapping[T, Times], deadline: float) -> dict[T, Times]:
+def scouts(trials: Sequence[Sequence[Trial[T]]]) -> list[Sequence[Trial[T]]]:
+    """Of each sample `SCOUTED` trials or a few more, evenly spread."""
+    return [sample[:: max(1, len(sample) // SCOUTED)] for sample in trials]
+
+
+def final(
+    trials: Sequence[Sequence[Trial[T]]], names: Sequence[T], before: Mapping[T, Times], deadline: float
+) -> dict[T, Times]:
     """The race that decides, of a length that suits the times from before. Raises OutOfTime."""
-    round_seconds = 1e-6 * sum(float(before[name][:, -1].sum()) for name in names)
-    seconds = min(RACE_SECONDS * len(trials), deadline - time.monotonic())
-    return race(trials, names, max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / round_seconds))), deadline)
+    workloads = sum(map(len, trials))
+    round_seconds = 1e-6 * workloads * sum(float(before[name][:, -1].mean()) for name in names)
+    seconds = min(RACE_SECONDS * workloads, deadline - time.monotonic())
+    rounds = min(MAX_ROUNDS, MOST_TIMES * len(trials) // workloads, int(seconds / round_seconds))
+    return race(trials, names, max(MIN_ROUNDS, rounds), deadline)
 
 
 def _check_all(trial: GemmTrial, tactics: Sequence[str], tolerance: float, deadline: float) -> dict[str, str]:

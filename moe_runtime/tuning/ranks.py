@@ -117,7 +117,8 @@ def tune_over_ranks(
             if on_step is not None:
                 on_step(done, what)
 
-        mine = _share(every, earlier, problem.config.num_experts, ranks)
+        work = {bucket: tuning_work(problem, bucket, distribution) for bucket in every}
+        mine = _share(work, earlier, ranks)
         part = _only(earlier, mine) if mine else None
         # What an earlier plan has comes first and at once, so that nothing that rank 0 saves lacks it.
         known = [bucket for bucket in mine if part is not None and bucket in {entry.bucket for entry in part.entries}]
@@ -173,15 +174,18 @@ def _require_alike(facts: Sequence[Mapping[str, str]]) -> None:
         )
 
 
-def _share(buckets: Sequence[int], done: Plan | None, num_experts: int, ranks: Meeting) -> list[int]:
-    """This rank's buckets, ascending. The costliest first, each goes to the rank that has least to do so far."""
+def _share(work: Mapping[int, float], done: Plan | None, ranks: Meeting) -> list[int]:
+    """This rank's buckets, ascending. The costliest first, each goes to the rank that has least to do so far.
+
+    work: of every bucket.
+    """
     finished = set() if done is None else {entry.bucket for entry in done.entries}
     loads, shares = [0.0] * ranks.size, [list[int]() for _ in range(ranks.size)]
-    for bucket in sorted(buckets, reverse=True):
+    for bucket in sorted(work, key=lambda bucket: work[bucket], reverse=True):
         least = loads.index(min(loads))
         shares[least].append(bucket)
         # 1 for one that is there, so that all get some.
-        loads[least] += 1 if bucket in finished else tuning_work(num_experts, bucket)
+        loads[least] += 1 if bucket in finished else work[bucket]
     return sorted(shares[ranks.rank])
 
 

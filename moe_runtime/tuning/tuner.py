@@ -16,14 +16,14 @@ import torch
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
 from ..weights import FP8BlockWeights
-from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows, make_workload
+from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows
 from .buckets import by_usefulness, plan_buckets, served_range, tuning_work
 from .cost import predict, promising
+from .draws import draws
 from .measure import CONFIDENCE, MARGIN, Rule, T, objective_us
 from .pairs import doubtful_pairs, race_pairs
 from .plan import GemmChoice, Objective, Plan, PlanEntry, PlanKey, check_buckets
 from .profiler import NO_MEMORY, OutOfTime, profile
-from .together import GemmTogether, Together
 
 if TYPE_CHECKING:
     from .quarantine import Vet
@@ -57,7 +57,8 @@ def tune(
 ) -> Plan:
     """Tunes the layer's buckets and returns the plan.
 
-    samples: workloads drawn per bucket, with seeds seed, seed + 1, ... objective: over their times.
+    samples: workloads drawn per bucket, with seeds seed, seed + 1, ..., or what stands for them (see `draws`).
+        objective: over their times.
     margin, confidence: how surely a winner must beat the default; see `measure.Rule`.
     budget_seconds: cap on the time; buckets that do not fit are left out and keep the default, smallest cost for most
         use first. None: no cap.
@@ -166,16 +167,12 @@ class _Task:
     quarantined: dict[str, str]
 
     def work(self, bucket: int) -> float:
-        return tuning_work(self.problem.config.num_experts, bucket)
+        return tuning_work(self.problem, bucket, self.distribution)
 
     def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
-        config, parallel = self.problem.config, self.problem.parallel
         ends = served_range(bucket, self.buckets, self.distribution)
         samples = [
-            [
-                make_workload(config, parallel, tokens, self.distribution, self.seed + sample, self.dispatch)
-                for tokens in ends
-            ]
+            draws(self.problem, ends, self.distribution, self.seed, sample, self.dispatch)
             for sample in range(self.samples)
         ]
         steps = (*GEMMS, "both")
@@ -196,7 +193,7 @@ class _Task:
             return entry
         report("both")
         trials = [
-            Together([self.executor.layer_trial(self.problem, self.weights, each, self.seed) for each in sample])
+            [self.executor.layer_trial(self.problem, self.weights, each, self.seed) for each in sample]
             for sample in _busy(samples)
         ]
         try:
@@ -205,7 +202,7 @@ class _Task:
             return entry  # what each GEMM's own times say stands
 
     def choose(self, samples: Sequence[Sequence[Workload]], gemm: Gemm, deadline: float) -> GemmChoice:
-        """samples: of each draw the workloads at the ends of what the bucket serves."""
+        """samples: of each the workloads at the ends of what the bucket serves, of which a time is the mean."""
         problem, executor, tokens = self.problem, self.executor, samples[0][0].num_tokens
         default = executor.default_tactic(problem, gemm, kernel_rows(tokens, problem.parallel))
         samples = _busy(samples)
@@ -235,8 +232,7 @@ class _Task:
             rejected |= faults
             candidates = [tactic for tactic in candidates if tactic not in faults]
         trials = [
-            GemmTogether([executor.gemm_trial(problem, self.weights, each, gemm, self.seed) for each in sample])
-            for sample in samples
+            [executor.gemm_trial(problem, self.weights, each, gemm, self.seed) for each in sample] for sample in samples
         ]
         measured = profile(trials, candidates, default, TOLERANCE[executor.name], self.rule, deadline)
         self.quarantined.update({t: why for t, why in measured.rejected.items() if not why.startswith(NO_MEMORY)})
