@@ -3,26 +3,45 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from moe_runtime import MoEConfig, Parallel
+from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import MoEProblem
+from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.roofs import ROOFS
+from moe_runtime.tuning.cost import predict
+from moe_runtime.tuning.profiler import Trial
+from moe_runtime.workload import Workload
 
 READ_ROOF_TBPS = ROOFS["NVIDIA H200"].read_tbps
 REST_SECONDS = 0.25
+SCOUT_ROUNDS = 2
+HOPELESS = 1.5
+"""Slower than the fastest by this after scouting, a tactic is not timed further."""
+UNLIKELY = 2.0
+"""Nor scouted where it is predicted at this many times the least prediction: predictions are lower bounds, which the
+fastest exceeds by at most 1.27, so it would be hopeless."""
+ROUND_US, TACTIC_US = 1000.0, 10_000.0
+"""What a round of a tactic takes at least, as a graph; what all its rounds should take together."""
+FEWEST_ROUNDS = 3
+PAIR_NEAR = 1.02
+"""How near to the fastest alone a GEMM's second tactic must be to race in the layer: there, differences shrink."""
 REFERENCE_POINTS = Path(__file__).with_name("reference_points_h200.json")
 _ROOT = Path(__file__).resolve().parent.parent
+
+T = TypeVar("T", bound=Hashable)
 
 
 def cuda_executor() -> CudaExecutor:
@@ -55,7 +74,7 @@ def time_rested(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
     Under sustained load the card's power limit slows large GEMMs by up to 15 %; the reference points were not.
     """
-    times = {}
+    times: dict[str, float] = {}
     for name, call in calls.items():
         time.sleep(REST_SECONDS)
         times |= time_graphs({name: call})
@@ -92,6 +111,71 @@ def _once(call: Callable[[], object]) -> float:
         end.synchronize()
         times.append(1000 * begin.elapsed_time(end))
     return min(times)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Microseconds of one GEMM at one workload by tactic.
+
+    us: of those that are about as fast as the fastest. scouted: rough times of those that scouting found hopeless.
+    """
+
+    us: Mapping[str, float]
+    scouted: Mapping[str, float]
+
+    @property
+    def fastest(self) -> list[str]:
+        return sorted(self.us, key=self.us.__getitem__)
+
+
+def survey(executor: Executor, shape: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm) -> Survey:
+    """All tactics of a GEMM in a few milliseconds each; gemm1's with the activation, as `GemmTrial.time` has it."""
+    trial = executor.gemm_trial(shape, weights, workload, gemm, seed=0)
+    scouted = medians(trial.time(likely_tactics(executor, shape, workload, gemm), SCOUT_ROUNDS))
+    limit = HOPELESS * min(scouted.values())
+    near = [tactic for tactic, us in scouted.items() if us <= limit]
+    return Survey(_steady(trial, near, scouted), {name: us for name, us in scouted.items() if us > limit})
+
+
+def survey_layer(
+    executor: Executor,
+    shape: MoEProblem,
+    weights: FP8BlockWeights,
+    workload: Workload,
+    surveys: Sequence[Survey],
+    *others: TacticPair,
+) -> dict[TacticPair, float]:
+    """Microseconds of the layer by pairs of the fastest tactics of its GEMMs, and by other pairs, the fastest first."""
+    contenders = []
+    for found in surveys:
+        first, *second = found.fastest[:2]
+        contenders.append([first, *(name for name in second if found.us[name] <= PAIR_NEAR * found.us[first])])
+    pairs = list(dict.fromkeys([*((one, two) for one, two in product(*contenders)), *others]))
+    trial = executor.layer_trial(shape, weights, workload, seed=0)
+    times = _steady(trial, pairs, medians(trial.time(pairs, SCOUT_ROUNDS)))
+    return dict(sorted(times.items(), key=lambda item: item[1]))
+
+
+def default_pair(executor: Executor, shape: MoEProblem, num_rows: int) -> TacticPair:
+    gemm1, gemm2 = (executor.default_tactic(shape, gemm, num_rows) for gemm in GEMMS)
+    return gemm1, gemm2
+
+
+def medians(times: Mapping[T, Sequence[float]]) -> dict[T, float]:
+    return {name: statistics.median(us) for name, us in times.items()}
+
+
+def likely_tactics(executor: Executor, shape: MoEProblem, workload: Workload, gemm: Gemm) -> list[str]:
+    """Those that can run here and that the cost model, where there is one, does not rule out."""
+    able = able_tactics(executor, shape, gemm)
+    predicted = {name: us[0] for name, us in predict(executor, shape, gemm, [workload]).items() if name in able}
+    limit = UNLIKELY * min(predicted.values(), default=0.0)
+    return [name for name in able if predicted.get(name, 0.0) <= limit]
+
+
+def _steady(trial: Trial[T], names: Sequence[T], scouted: Mapping[T, float]) -> dict[T, float]:
+    round_us = max(ROUND_US, statistics.fmean(scouted[name] for name in names))
+    return medians(trial.time(names, max(FEWEST_ROUNDS, int(TACTIC_US / round_us))))
 
 
 def measured_roofs() -> dict[str, float]:
@@ -150,6 +234,9 @@ def reference_points() -> dict[str, Any]:
 
 
 def write_json(path: Path | None, payload: dict[str, Any]) -> None:
+    """At once: whoever is stopped in the middle leaves the file as it was before."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(payload, indent=1) + "\n")
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        unfinished.write_text(json.dumps(payload, indent=1) + "\n")
+        os.replace(unfinished, path)
