@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .errors import Unsupported
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 2
+#define MOE_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -68,6 +68,7 @@ typedef struct MoeGemmOperands {
   int64_t max_rows;
   int32_t gate_first;        // as in MoeFp8BlockLayer
   float clamp_limit;
+  int32_t offsets_ready;     // expert_offsets are older than the kernel launched before this one
 } MoeGemmOperands;
 
 typedef struct MoeGroupedGemm {

@@ -117,7 +117,8 @@ GOOD_TILES = [
     *(direct(128, n) for n in (128, 256)),
     direct(128, 256, swiglu=True),
     *(direct(128, n, swap_ab=True) for n in (8, 16, 32, 64)),
-    *(direct(256, n, swap_ab=True, swiglu=swiglu) for n in (8, 16, 32) for swiglu in (False, True)),
+    *(direct(256, n, swap_ab=True) for n in (32, 64)),
+    *(direct(256, n, swap_ab=True, swiglu=True) for n in (16, 32, 64)),
     sm90(128, 16, cluster=(2, 1), swap_ab=True),
 ]
 BAD_TILES = [
@@ -272,7 +273,7 @@ def test_list_json():
     result = run("list", "--json")
     listed = json.loads(result.stdout)
     assert [variant["name"] for variant in listed] == [item.variant.name for item in CATALOGUE]
-    swapped = next(v for v in listed if v["tile"] == [256, 64, 128])
+    swapped = next(v for v in listed if v["tile"] == [256, 64, 128] and v["family"] == "collective")
     assert swapped == {
         "name": "sm90a_fp8_block_256x64x128_1x1x1_warpspecialized_cooperative_swap_ab",
         "arch": "sm_90a",
@@ -291,7 +292,7 @@ def test_list_json():
 
 @pytest.mark.parametrize(
     ("arguments", "count"),
-    [(("--arch", "sm_90a"), 27), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
+    [(("--arch", "sm_90a"), 26), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
 )
 def test_list_filters(arguments, count):
     assert len(json.loads(run("list", "--json", *arguments).stdout)) == count

@@ -67,16 +67,18 @@ class CudaExecutor:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """Of the least token tile that holds an expert's rows, or the largest where none does: see `_preference`."""
+        """Of the least token tile that holds an expert's rows, or the largest where none does; the first of those alike."""
         return self._default(problem, gemm, num_rows)
 
     def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
         rows = rows_to_hold(problem.mean_rows(num_rows))
         able = [v for v in self._variants.values() if self.can_implement(problem, gemm, v.name) is None]
+        able = [v for v in able if v.swiglu] or able  # one that fuses SwiGLU spares the activation's kernel
         tiles = sorted({variant.token_tile for variant in able})
         tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
         suited = [variant for variant in able if variant.token_tile == tile]
-        return min(suited, key=functools.partial(_preference, many_rows=rows > tile)).name
+        # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
+        return (max if rows > tile else min)(suited, key=_weight_tile).name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
@@ -251,13 +253,5 @@ class CudaExecutor:
         return self.library.workspace_layout(self._shape(problem, num_tokens))
 
 
-def _preference(variant: KernelVariant, many_rows: bool) -> tuple[int, int]:
-    """Of variants with one token tile the default has the least of this; the first in the library of those alike.
-
-    many_rows: an expert's rows fill more than the tile.
-    """
-    if variant.swiglu:  # it spares the activation's kernel
-        return 0, 0
-    # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
-    weight_tile = variant.tile[0] if variant.swap_ab else variant.tile[1]
-    return 1, -weight_tile if many_rows else weight_tile
+def _weight_tile(variant: KernelVariant) -> int:
+    return variant.tile[0] if variant.swap_ab else variant.tile[1]

@@ -83,6 +83,7 @@ struct Params {
   int groups, n, k;
   int gate_row, up_row;         // first row of either half of gate_up
   float clamp_limit;
+  bool offsets_ready;           // before the predecessor has finished
 };
 
 // A ring of stages, and the parity that its barriers have in this round.

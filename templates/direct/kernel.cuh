@@ -29,7 +29,8 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     cutlass::arch::fence_barrier_init();
   }
   if (threadIdx.x < C::kTokens) shared.amax[0][threadIdx.x] = 0.0f;
-  wait_for_predecessor();
+  // Else every role waits before it reads what the predecessor writes.
+  if (!p.offsets_ready) wait_for_predecessor();
   allow_successor_to_start();
   count_tiles<C>(p, shared.cumulative_tiles);  // ends with a barrier of the block
 }

@@ -78,6 +78,7 @@ struct Launch {
     p.gate_row = o.gate_first ? 0 : gemm.n / 2;
     p.up_row = o.gate_first ? gemm.n / 2 : 0;
     p.clamp_limit = o.clamp_limit;
+    p.offsets_ready = o.offsets_ready != 0;
     return 0;
   }
 

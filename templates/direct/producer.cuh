@@ -4,6 +4,7 @@
 #include "cute/arch/copy_sm90_desc.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 
+#include "dependent_launch.cuh"
 #include "direct/schedule.cuh"
 
 namespace moe::direct {
@@ -15,26 +16,38 @@ __device__ __forceinline__ int weight_row(Params const& p, Tile const& tile, int
   return tile.weight_tile * C::kWeights + part * kBlock;
 }
 
+// Of the first tile, weights come as many stages ahead as there are before tokens do: they do not depend on the
+// predecessor, whose last thread blocks still multiply.
 template <class C>
 __device__ __forceinline__ void produce_tiles(Params const& p, typename C::SharedStorage& shared) {
   // Weights pass through L2 once where tokens are few; there, they must not push the tokens out.
   constexpr auto kWeightHint = static_cast<uint64_t>(C::kSwapAB ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL);
   constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
   constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
+  auto load_weights = [&](Tile const& tile, int stage, int k) {
+    TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kTileBytes);
+#pragma unroll
+    for (int part = 0; part < C::kWeightLoads; ++part) {
+      cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint, shared.weights[stage] + part * kLoadBytes, k,
+                                   weight_row<C>(p, tile, part), tile.group);
+    }
+  };
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;
-  while (tiles.next(tile)) {
+  bool more = tiles.next(tile);
+  int ahead = more ? min(C::kStages, p.k / kTileK) : 0;
+  for (int stage = 0; stage < ahead; ++stage) load_weights(tile, stage, stage * kTileK);
+  wait_for_predecessor();
+  for (; more; more = tiles.next(tile)) {
     for (int k = 0; k < p.k; k += kTileK) {
-      PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
-      uint64_t* const full = &shared.full[ring.stage];
-      TileBarrier::arrive_and_expect_tx(full, C::kTileBytes);
-#pragma unroll
-      for (int part = 0; part < C::kWeightLoads; ++part) {
-        cute::SM90_TMA_LOAD_3D::copy(&p.weights, full, kWeightHint, shared.weights[ring.stage] + part * kLoadBytes, k,
-                                     weight_row<C>(p, tile, part), tile.group);
+      if (ahead > 0) {
+        --ahead;
+      } else {
+        PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
+        load_weights(tile, ring.stage, k);
       }
-      cute::SM90_TMA_LOAD_3D::copy(&p.tokens, full, kTokenHint, shared.tokens[ring.stage], k, tile.first_row, 0);
+      cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[ring.stage], kTokenHint, shared.tokens[ring.stage], k, tile.first_row, 0);
       ring.advance();
     }
   }
@@ -45,6 +58,7 @@ template <class C>
 __device__ __forceinline__ void produce_scales(Params const& p, typename C::SharedStorage& shared) {
   using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS<float>;
   int const lane = threadIdx.x % 32, k_blocks = p.k / kTileK;
+  wait_for_predecessor();
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;

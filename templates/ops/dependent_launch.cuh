@@ -4,9 +4,9 @@
 
 namespace moe {
 
-// Every kernel of a layer first lets its successor start, so that the successor's launch hides behind it, and then
-// waits for its predecessor, in every thread: only then does "my predecessor has finished" imply that everything
-// before it has, which is what makes early starts safe along the whole chain.
+// Every kernel of a layer lets its successor start early, so that the successor's launch hides behind it. A thread waits
+// for the predecessor before it touches what that reads or writes, and no kernel ends without having waited: so "my
+// predecessor has finished" implies that everything before it has, which makes early starts safe along the whole chain.
 __device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void allow_successor_to_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 

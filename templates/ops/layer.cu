@@ -83,7 +83,7 @@ int64_t slots(MoeFp8BlockLayer const& layer) { return int64_t(layer.num_tokens) 
 
 int32_t run_gemm1(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
   MoeGemmOperands operands{b.rows, b.row_scales, layer.gemm1_weights, layer.gemm1_weights_scale, b.expert_offsets,
-                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit};
+                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit, 0};
   if (variant.swiglu) {
     operands.output = b.activation;
     operands.output_scales = b.activation_scales;
@@ -94,8 +94,10 @@ int32_t run_gemm1(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buff
 }
 
 int32_t run_gemm2(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+  // GEMM1 waits for the permutation before it lets its successor start.
+  int32_t const offsets_ready = (layer.stages & MOE_STAGE_GEMM1) != 0;
   MoeGemmOperands const operands{b.activation, b.activation_scales, layer.gemm2_weights, layer.gemm2_weights_scale, b.expert_offsets,
-                                 b.gemm2_output, nullptr, slots(layer), 0, 0.0f};
+                                 b.gemm2_output, nullptr, slots(layer), 0, 0.0f, offsets_ready};
   MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count,
                             operands, b.gemm2, b.gemm_workspace, layer.stream};
   return variant.swiglu ? MOE_ERROR_BAD_VARIANT : variant.run(&gemm);

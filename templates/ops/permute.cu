@@ -18,7 +18,7 @@ constexpr int kCountsBytes = 34 * 1024; // with the static arrays under the 48 K
 constexpr int kClusterBlocks = 8;       // the largest portable cluster
 constexpr int kSlotsOfOneBlock = 4096;
 constexpr int kSlotsOfEveryBlock = 1024;
-constexpr int kTokensOfEveryBlock = kWarps; // routed by a warp each
+constexpr int kTokensOfEveryBlock = 16;     // routed by a warp each; more of them delay each other
 constexpr int kExpertsOfEveryBlock = 256;   // more would take other registers and memory than the sort's
 constexpr int kStepsInFlight = 8;       // loads a lane issues together: one at a time, latency made this stage 10x slower
 
