@@ -20,4 +20,4 @@ class Roofs:
     dense_tflops: float
 
 
-ROOFS = {"NVIDIA H200": Roofs(read_tbps=4.45, l2_tbps=15.3, block_scaled_tflops=1210.0, dense_tflops=1528.5)}
+ROOFS = {"NVIDIA H200": Roofs(read_tbps=4.45, l2_tbps=15.3, block_scaled_tflops=1250.0, dense_tflops=1508.2)}

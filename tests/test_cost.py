@@ -78,8 +78,8 @@ def worst(found: list[tuple[str, dict[str, float], dict[str, float]]]) -> float:
 
 
 def test_the_headroom_is_what_it_says() -> None:
-    assert 1.4 < worst(points(COLLECTIVES)) < 1.43
-    assert 1.25 < worst(points(LIBRARY)) < 1.3 < HEADROOM
+    assert 1.45 < worst(points(COLLECTIVES)) < 1.49
+    assert 1.2 < worst(points(LIBRARY)) < 1.23 < HEADROOM
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_pruning_saves_time() -> None:
         kept_us += sum(measured[tactic] for tactic in kept) / best
         all_us += sum(measured.values()) / best
     print(f"pruned {pruned} of {total} variants; timing the rest takes {kept_us / all_us:.0%} of timing all")
-    assert pruned / total > 0.25 and kept_us / all_us < 0.6
+    assert pruned / total > 0.2 and kept_us / all_us < 0.6
 
 
 def variant(
