@@ -90,7 +90,7 @@ def test_tile_quantisation_is_explained() -> None:
         growth.explained_us(H200Stand(), shape, make_workload(shape.config, shape.parallel, tokens, "balanced"))
         for tokens in (128 * 16, 129 * 16)
     )
-    assert 1.7 < over / full < 2.1
+    assert 1.6 < over / full < 2.1
 
 
 def test_layers_share_the_weights_of_the_largest() -> None:
