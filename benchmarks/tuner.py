@@ -1,6 +1,6 @@
 """How good is the tuner itself?
 
-    python -m benchmarks.tuner --json FILE [--case MODEL:LAYOUT ...] [--small]
+    python -m benchmarks.tuner --json FILE [--case MODEL:LAYOUT ...] [--budget SECONDS] [--small]
 
 For each case a plan is tuned, and then judged on workloads of other seeds than any tuning saw, at each number of tokens
 on the mean of several draws, for a plan names one tactic for all of them:
@@ -12,7 +12,7 @@ on the mean of several draws, for a plan names one tactic for all of them:
 - default: the gain over the default tactics at the same points; the worst is the loss, if there is one.
 - flips: two independent tunes' winners, and the share of time lost where they differ.
 - transfer: regret at tokens that are no buckets.
-- skew: a plan tuned on balanced routing run on skewed, beside one tuned on that; tokens are powers of four.
+- skew: a plan tuned on balanced routing run on skewed, beside one tuned on that.
 - tune_seconds: wall time of one tune, with the worker process that checks candidates, as on the command line.
 
 And for each model, once its cases are done:
@@ -25,16 +25,18 @@ Regret, flips and transfer add up the two GEMMs' times. Skew and cross time the 
 delta is the gain in tokens per second, which count on each GPU: under `ep` all ranks share theirs.
 
 What keeps the device time short: one set of weights serves a model's layouts, and no plan is tuned twice; plans for
-skew have buckets at powers of four only; every tactic is timed at every point of regret and transfer, but beyond the
-scouting rounds only those near the fastest and those that a plan or the default runs, and draws share the rounds; two
-tunes' tactics are timed where they differ. `seconds` in the results says where the time went. `--small` does all this
-on the CPU executor with a layer that it can time in seconds.
+skew and all-to-all have a few buckets, which are also where they are compared; every tactic is scouted at every point
+of regret and transfer, but on a few of the draws, and only those near the fastest and those that a plan or the default
+runs are timed on all, which share the rounds; two tunes' tactics are timed where they differ. `seconds` in the results
+says where the time went. Once `--budget` has passed, skew and all-to-all are left out, and named under `skipped`.
+`--small` does all this on the CPU executor with a layer that it can time in seconds.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import random
 import statistics
 import time
@@ -50,8 +52,8 @@ import typer
 from rich.console import Console
 
 from benchmarks.common import cuda_executor, problem, provenance, write_json
-from benchmarks.oracle import Draws, by_draw, means, medians, with_hindsight, without_hindsight
-from benchmarks.tuner_tables import comparison, tables
+from benchmarks.oracle import Draws, means, medians, race, summary, survey, with_hindsight, without_hindsight
+from benchmarks.tuner_tables import comparison, tables, timing
 from moe_runtime import FP8BlockWeights, MoEConfig, Plan
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import GEMMS, Executor, Gemm, GemmTrial, MoEProblem, TacticPair, able_tactics
@@ -71,24 +73,36 @@ AGAIN_SEED, OTHER_SEED = 500, 1000
 """Of the second tune, and of the draws that judge: tunes draw from their seed and those after it."""
 LEAST_DRAWS = 2
 """As many as it takes to pick on one half and time on the other."""
-SCOUT_ROUNDS, LEAST_ROUNDS = 3, 5
-NEAR = 1.15
-"""Who is this far behind the fastest after the scouting rounds is not the fastest: they are good to a few percent."""
 
 Point = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """tokens: points of regret and of the layer, ascending. between: points of transfer. rounds: of each time."""
+    """tokens: points of regret and of the layer, ascending. between: points of transfer. rounds: of each time.
+
+    few: points of skew and of all-to-all, ascending: where experts have anything from few to many rows.
+    """
 
     tokens: tuple[int, ...]
+    few: tuple[int, ...]
     between: int
     rounds: int
 
 
-FULL = Size(tuple(1 << i for i in range(15)), between=40, rounds=15)
-SMALL = Size((1, 4, 16), between=3, rounds=5)
+FULL = Size(tuple(1 << i for i in range(15)), few=(16, 64, 256, 1024, 4096), between=40, rounds=11)
+SMALL = Size((1, 4, 16), few=(1, 16), between=3, rounds=5)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Seconds of the whole run so far, and after how many of them parts that can be left out are."""
+
+    budget: float = math.inf
+    begin: float = field(default_factory=time.perf_counter)
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.begin
 
 
 @functools.lru_cache(maxsize=256)
@@ -104,7 +118,7 @@ def _drawn(problem: MoEProblem, tokens: int, distribution: str) -> list[Workload
 class Bench:
     """One layer on one executor, and what was found so far: plans by name, times by distribution and tokens.
 
-    seconds: wall time by part of the work.
+    name: of the case. seconds: wall time by part of the work. skipped: parts that were left out for lack of time.
     """
 
     executor: Executor
@@ -113,20 +127,37 @@ class Bench:
     size: Size
     plans: dict[str, Plan] = field(default_factory=dict)
     times: dict[tuple[str, int], dict[Gemm, dict[str, Draws]]] = field(default_factory=dict)
+    name: str = ""
+    watch: Watch = field(default_factory=Watch)
     seconds: dict[str, float] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+        took = time.perf_counter() - begin
+        self.seconds[name] = self.seconds.get(name, 0.0) + took
+        print(f"{self.watch.elapsed():5.0f} s: {self.name}: {name} took {took:.1f} s", flush=True)
+
+    def has_time(self, name: str) -> bool:
+        """Whether a part that can be left out is done."""
+        if self.watch.elapsed() < self.watch.budget:
+            return True
+        self.skipped.append(name)
+        return False
 
     def tune(self, name: str, distribution: str, seed: int = 0, **settings: Any) -> Plan:
-        """A plan, kept under the name. settings: further keywords of `tune`."""
+        """A plan of all sizes, kept under the name. settings: further keywords of `tune`."""
         most = self.size.tokens[-1]
         plan = tune(self.problem, self.weights, self.executor, most, distribution, seed, **settings)
         self.plans[name] = plan
         return plan
+
+    def tune_few(self, distribution: str, **settings: Any) -> Plan:
+        """A plan of buckets at a few sizes."""
+        few = self.size.few
+        return tune(self.problem, self.weights, self.executor, few[-1], distribution, buckets=few, **settings)
 
     def workload(self, tokens: int, distribution: str, dispatch: str = DISPATCH) -> Workload:
         """One that no tuning saw."""
@@ -140,9 +171,6 @@ class Bench:
             if workload.local_slots
         ]
 
-    def race(self, trials: Sequence[GemmTrial], tactics: Sequence[str]) -> dict[str, Draws]:
-        return by_draw(trials, tactics, max(LEAST_ROUNDS, self.size.rounds // len(trials)))
-
     def survey(self, distribution: str, tokens: int) -> dict[Gemm, dict[str, Draws]]:
         """Times of each GEMM by tactic: of those near the fastest, the default's and the plans' so far.
 
@@ -151,18 +179,15 @@ class Bench:
         if (distribution, tokens) not in self.times:
             pairs = [self.default(tokens), *(self.chosen(plan, tokens) for plan in self.plans.values())]
             self.times[distribution, tokens] = {
-                gemm: self._survey_gemm(self.trials(tokens, distribution, gemm), gemm, {pair[index] for pair in pairs})
+                gemm: survey(
+                    self.trials(tokens, distribution, gemm),
+                    able_tactics(self.executor, self.problem, gemm),
+                    {pair[index] for pair in pairs},
+                    self.size.rounds,
+                )
                 for index, gemm in enumerate(GEMMS)
             }
         return self.times[distribution, tokens]
-
-    def _survey_gemm(self, trials: Sequence[GemmTrial], gemm: Gemm, named: set[str]) -> dict[str, Draws]:
-        if not trials:
-            return {}
-        tactics = able_tactics(self.executor, self.problem, gemm)
-        scouted = means(by_draw(trials, tactics, SCOUT_ROUNDS))
-        limit = NEAR * min(scouted.values())
-        return self.race(trials, [tactic for tactic in tactics if scouted[tactic] <= limit or tactic in named])
 
     def default(self, tokens: int) -> TacticPair:
         rows = kernel_rows(tokens, self.problem.parallel)
@@ -226,7 +251,7 @@ class Bench:
                     continue
                 tactics, trials = [mine.tactic, its.tactic], self.trials(one.bucket, first.key.distribution, gemm)
                 if trials:
-                    us = list(means(self.race(trials, tactics)).values())
+                    us = list(means(race(trials, tactics, self.size.rounds)).values())
                     flipped.append({"tokens": one.bucket, "gemm": gemm, "tactics": tactics, "us": us})
         places, least = len(GEMMS) * len(first.entries), sum(min(flip["us"]) for flip in flipped)
         lost = sum(max(flip["us"]) for flip in flipped) / least - 1 if flipped else 0.0
@@ -260,35 +285,37 @@ class Bench:
 
 
 def judge(bench: Bench) -> dict[str, Any]:
-    """All measurements of one case. Its plans come first: a survey times what any of them runs."""
-    tokens, fourths = bench.size.tokens, bench.size.tokens[::2]
+    """All measurements of one case. The plans that a survey times come first, what can be left out comes last."""
     with bench.part("tune"), vetting(bench.problem, str(bench.weights.device)) as vet:
         plan = bench.tune("own", TUNED_ON, vet=vet)
     with bench.part("tune again"):
         again = bench.tune("again", TUNED_ON, seed=AGAIN_SEED)
-    with bench.part("tune for skew"):
-        for distribution in ("balanced", *SKEWED):
-            bench.tune(distribution, distribution, buckets=fourths)
     with bench.part("regret"):
-        at_powers = bench.points(plan, tokens)
+        at_powers = bench.points(plan, bench.size.tokens)
     with bench.part("transfer"):
         between = bench.points(plan, bench.between(plan))
     with bench.part("flips"):
         flips = bench.flips(plan, again)
-    with bench.part("skew"):
-        skew = {name: bench.compare(bench.plans["balanced"], bench.plans[name], fourths, name) for name in SKEWED}
+    skew = {}
+    if bench.has_time("skew"):
+        with bench.part("skew"):
+            balanced = bench.tune_few("balanced")
+            for name in SKEWED:
+                skew[name] = bench.compare(balanced, bench.tune_few(name), bench.size.few, name)
+    gains = [point["gain"] for point in at_powers]
     return {
         "distribution": TUNED_ON,
         "tune_seconds": bench.seconds["tune"],
         "buckets": list(plan.buckets),
         "complete": plan.complete,
-        "regret": _summary(at_powers),
-        "default": {"worst": min(point["gain"] for point in at_powers), "mean": _mean(at_powers, "gain")},
+        "regret": summary(at_powers),
+        "default": {"worst": min(gains), "mean": statistics.fmean(gains)},
         "points": at_powers,
         "flips": flips,
-        "transfer": _summary(between) | {"points": between},
+        "transfer": summary(between) | {"points": between},
         "skew": skew,
         "seconds": bench.seconds,
+        "skipped": bench.skipped,
     }
 
 
@@ -302,29 +329,16 @@ def cross(benches: Mapping[str, Bench]) -> dict[str, list[Point]]:
                 *plans, bench.size.tokens, TUNED_ON
             )
     for layout, bench in benches.items():
-        if bench.problem.parallel.use_dp:
-            with bench.part("cross"):
-                plans = bench.plans["own"], bench.tune("alltoall", TUNED_ON, dispatch="alltoall")
+        if bench.problem.parallel.use_dp and bench.has_time("all-to-all"):
+            with bench.part("all-to-all"):
+                plans = bench.plans["own"], bench.tune_few(TUNED_ON, dispatch="alltoall")
                 found[f"{layout} after an all-to-all, tuned on compact and on alltoall"] = bench.compare(
-                    *plans, bench.size.tokens, TUNED_ON, "alltoall"
+                    *plans, bench.size.few, TUNED_ON, "alltoall"
                 )
     return found
 
 
-def _mean(points: Sequence[Point], name: str) -> float:
-    return statistics.fmean(point[name] for point in points)
-
-
-def _summary(points: Sequence[Point]) -> dict[str, Any]:
-    return {
-        "mean": _mean(points, "regret"),
-        "worst": max(point["regret"] for point in points),
-        "mean_bound": _mean(points, "bound"),
-        "worst_bound": max(point["bound"] for point in points),
-    }
-
-
-def benches(cases: Sequence[str], small: bool) -> Iterator[tuple[str, dict[str, Bench]]]:
+def benches(cases: Sequence[str], small: bool, watch: Watch | None = None) -> Iterator[tuple[str, dict[str, Bench]]]:
     """Each model's benches by layout; where layouts have as many local experts, they share the weights."""
     layouts: dict[str, list[str]] = {}
     for case in cases:
@@ -338,8 +352,10 @@ def benches(cases: Sequence[str], small: bool) -> Iterator[tuple[str, dict[str, 
             shape = _small_problem(model, layout) if small else problem(model, layout)
             if shape.num_local_experts not in weights:
                 weights[shape.num_local_experts] = random_weights(shape, device=executor.name)
-            size = SMALL if small else FULL
-            found[layout] = Bench(executor, shape, weights[shape.num_local_experts], size)
+            size, name = SMALL if small else FULL, f"{model}:{layout}"
+            found[layout] = Bench(
+                executor, shape, weights[shape.num_local_experts], size, name=name, watch=watch or Watch()
+            )
         yield model, found
 
 
@@ -357,23 +373,26 @@ def environment(executor: Executor) -> dict[str, Any]:
 def main(
     json: Annotated[Path | None, typer.Option()] = None,
     case: Annotated[list[str] | None, typer.Option(help=f"MODEL:LAYOUT, of {', '.join(CASES)}.")] = None,
+    budget: Annotated[float, typer.Option(help="Seconds after which skew and all-to-all are left out.")] = math.inf,
     small: Annotated[bool, typer.Option("--small")] = False,
 ) -> None:
-    console = Console(width=160)
+    console, watch = Console(width=160), Watch(budget)
     payload: dict[str, Any] = {"benchmark": "tuner", "small": small, "cases": {}, "cross": {}}
-    for model, of_layouts in benches(case or (CASES[:2] if small else CASES), small):
-        for layout, bench in of_layouts.items():
-            name = f"{model}:{layout}"
+    for model, of_layouts in benches(case or (CASES[:2] if small else CASES), small, watch):
+        for bench in of_layouts.values():
             result = judge(bench)
             payload |= {"environment": environment(bench.executor), "size": dataclasses.asdict(bench.size)}
-            payload["cases"][name] = result
-            for part in tables(name, result):
+            payload["cases"][bench.name] = result
+            for part in tables(bench.name, result):
                 console.print(part)
             write_json(json, payload)  # after each case: the next may fail
         payload["cross"][model] = cross(of_layouts)
         for title, points in payload["cross"][model].items():
             console.print(comparison(f"{model}: {title}", points))
+        for bench in of_layouts.values():
+            console.print(timing(bench.name, bench.seconds, bench.skipped))
         write_json(json, payload)
+    print(f"{watch.elapsed():5.0f} s: done")
 
 
 if __name__ == "__main__":

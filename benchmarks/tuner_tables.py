@@ -24,7 +24,12 @@ def tables(name: str, result: Mapping[str, Any]) -> Iterable[Table | str]:
     yield table
     for distribution, points in result["skew"].items():
         yield comparison(f"{name}: {distribution}, tuned on balanced and on it", points)
-    yield f"{name}: " + ", ".join(f"{part} {seconds:.0f} s" for part, seconds in result["seconds"].items())
+    yield timing(name, result["seconds"], result["skipped"])
+
+
+def timing(name: str, seconds: Mapping[str, float], skipped: Sequence[str]) -> str:
+    parts = [f"{part} {took:.0f} s" for part, took in seconds.items()]
+    return f"{name}: " + ", ".join(parts + [f"{part} skipped for lack of time" for part in skipped])
 
 
 def _sentence(summary: Mapping[str, float]) -> str:

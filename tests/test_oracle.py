@@ -5,7 +5,9 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks.oracle import Draws, with_hindsight, without_hindsight
+from benchmarks.oracle import Draws, survey, with_hindsight, without_hindsight
+
+from .test_tuner import FakeTrial
 
 
 def test_by_hand() -> None:
@@ -33,3 +35,12 @@ def test_equal_tactics_owe_nothing() -> None:
     races = [race() for _ in range(200)]
     assert statistics.fmean(map(with_hindsight, races)) < 98.5
     assert statistics.fmean(map(without_hindsight, races)) == pytest.approx(100, abs=0.3)
+
+
+def test_a_survey_scouts_a_few_draws_and_races_on_all() -> None:
+    """Two of eight draws meet every tactic; the rounds are shared out, but each draw has three."""
+    trials = [FakeTrial({"quick": 100, "near": 115, "far": 130, "wanted": 200}) for _ in range(8)]
+    found = survey(trials, ["quick", "near", "far", "wanted"], {"wanted"}, 11)
+    assert {name: len(us) for name, us in found.items()} == {"quick": 8, "near": 8, "wanted": 8}
+    assert [len(trial.timed) for trial in trials] == [1, 1, 2, 1, 1, 1, 2, 1]
+    assert survey(trials[:0], ["quick"], set(), 11) == {}

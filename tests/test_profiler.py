@@ -72,8 +72,8 @@ def test_many_workloads_are_scouted_on_some_and_share_the_rounds_of_the_final() 
         profile([trials], list(us), "plain", 1e-3, Rule())
         return [trial.rounds for trial in trials]
 
-    assert rounds(2) == [33, 33] and rounds(1) == [33]
-    assert rounds(16) == [7, 5, 5, 5] * 4
+    assert rounds(2) == [17, 17] and rounds(1) == [23]
+    assert rounds(16) == [5, 3, 3, 3] * 4
 
 
 def test_nothing_is_timed_after_the_deadline() -> None:

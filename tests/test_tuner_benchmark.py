@@ -15,8 +15,8 @@ from moe_runtime.tuning.draws import DRAWS_OF_FEW_ROWS
 
 from .test_tuner import FakeExecutor
 
-TINY = benchmark.Size(tokens=(1, 4), between=1, rounds=3)
-PARTS = ["tune", "tune again", "tune for skew", "regret", "transfer", "flips", "skew", "cross"]
+TINY = benchmark.Size(tokens=(1, 4), few=(4,), between=1, rounds=3)
+PARTS = ["tune", "tune again", "regret", "transfer", "flips", "skew", "cross"]
 
 
 def test_small_form_on_the_cpu(
@@ -30,9 +30,11 @@ def test_small_form_on_the_cpu(
     written = json.loads(path.read_text())
     assert written["environment"]["device"] == "cpu" and written["size"]["tokens"] == [1, 4]
     assert list(written["cases"]) == ["qwen3-235b:dep2", "qwen3-235b:ep2"]
-    for result in written["cases"].values():
+    for name, result in written["cases"].items():
+        parts = [*PARTS, "all-to-all"] if name.endswith("dep2") else PARTS
         assert result["complete"] and result["buckets"] == [1, 2, 4]
-        assert list(result["seconds"]) == PARTS and result["seconds"]["tune"] == result["tune_seconds"] > 0
+        assert list(result["seconds"]) == parts and result["seconds"]["tune"] == result["tune_seconds"] > 0
+        assert result["skipped"] == []
         assert [point["tokens"] for point in result["points"]] == [1, 4]
         assert [point["tokens"] for point in result["transfer"]["points"]] == [3]
         for summary in (result["regret"], result["transfer"]):
@@ -44,19 +46,42 @@ def test_small_form_on_the_cpu(
             assert point["gain"] == pytest.approx(point["default_us"] / point["us"] - 1)
         assert result["flips"]["places"] == 6 and 0 <= result["flips"]["lost"] < math.inf
         assert set(result["skew"]) == {"zipf:1.0", "dirichlet:0.3"}
-        assert all([point["tokens"] for point in points] == [1] for points in result["skew"].values())
+        assert all([point["tokens"] for point in points] == [4] for points in result["skew"].values())
     compared = written["cross"]["qwen3-235b"]
     assert list(compared) == [
         "dep2, with the plan of ep2 and its own",
         "ep2, with the plan of dep2 and its own",
         "dep2 after an all-to-all, tuned on compact and on alltoall",
     ]
-    for points in compared.values():
-        assert [point["tokens"] for point in points] == [1, 4]
+    for title, points in compared.items():
+        assert [point["tokens"] for point in points] == ([4] if "all-to-all" in title else [1, 4])
         for point in points:
             assert min(point["us"]) > 0 and point["delta"] == pytest.approx(point["us"][0] / point["us"][1] - 1)
     printed = capsys.readouterr().out
     assert "winners flipped" in printed and "dep2, with the plan of ep2 and its own" in printed
+    assert "s: qwen3-235b:dep2: tune again took" in printed
+
+
+def test_an_interrupted_run_keeps_what_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second case is stopped; the budget is spent from the start."""
+    judge = benchmark.judge
+
+    def stopped(bench: benchmark.Bench) -> dict[str, object]:
+        if bench.name.endswith(":ep2"):
+            raise KeyboardInterrupt
+        return judge(bench)
+
+    monkeypatch.setattr(benchmark, "SMALL", TINY)
+    monkeypatch.setattr(benchmark, "judge", stopped)
+    monkeypatch.setattr(benchmark, "vetting", lambda *_: nullcontext())
+    monkeypatch.setattr(profiler, "RACE_SECONDS", 0.02)
+    with pytest.raises(KeyboardInterrupt):
+        benchmark.main(json=tmp_path / "tuner.json", case=None, budget=0, small=True)
+    (result,) = json.loads((tmp_path / "tuner.json").read_text())["cases"].values()
+    assert result["skipped"] == ["skew"] and result["skew"] == {} and "skew" not in result["seconds"]
+    assert "skew skipped for lack of time" in capsys.readouterr().out
 
 
 def make_bench(layout: str = "dep2") -> benchmark.Bench:
@@ -89,14 +114,15 @@ def test_a_survey_scouts_all_and_times_those_that_matter(
     bench.tune("own", "balanced")
     executor = bench.executor
     assert isinstance(executor, FakeExecutor)
-    executor.us |= {"quick": 300, "close": 90, "far": 95, "fair": 80}
+    executor.us |= {"quick": 300, "close": 90, "far": 99, "fair": 80}
     trials = []
     make = executor.gemm_trial
     monkeypatch.setattr(executor, "gemm_trial", lambda *given: trials.append(make(*given)) or trials[-1])
     found = bench.survey("balanced", 4)
     assert found == bench.survey("balanced", 4) and len(trials) == 2 * benchmark.LEAST_DRAWS
-    for trial in trials:
-        assert trial.timed == [("plain", "quick", "fair", "close", "far"), ("plain", "quick", "fair", "close")]
+    near = ("plain", "quick", "fair", "close")
+    for trial, other in zip(trials[::2], trials[1::2], strict=True):
+        assert trial.timed == [(*near, "far"), near] and other.timed == [near]
     assert found["gemm2"] == {"plain": [100, 100], "quick": [300, 300], "fair": [80, 80], "close": [90, 90]}
 
 
@@ -132,7 +158,7 @@ def test_flips_by_hand(bench: benchmark.Bench) -> None:
 
 
 def test_points_between_buckets(bench: benchmark.Bench) -> None:
-    bench.size = benchmark.Size(tokens=(1, 64), between=40, rounds=3)
+    bench.size = benchmark.Size(tokens=(1, 64), few=(4,), between=40, rounds=3)
     plan = bench.tune("own", "balanced")
     found = bench.between(plan)
     assert len(found) == 40 and not set(found) & set(plan.buckets) and found == sorted(set(found))
@@ -158,9 +184,21 @@ def test_the_cost_of_another_layouts_plan_by_hand() -> None:
     assert ep_with_dep[1]["us"] == [190, 70]
     # Both ranks hold the same four tokens.
     assert ep_with_dep[1]["tokens_per_second_per_gpu"] == pytest.approx([2e6 / 190, 2e6 / 70])
-    assert all(point["us"] == [70, 70] and point["delta"] == 0 for point in alltoall)
-    assert benches["dep2"].plans["alltoall"].key.dispatch == "alltoall" and "alltoall" not in benches["ep2"].plans
+    assert [(point["tokens"], point["us"], point["delta"]) for point in alltoall] == [(4, [70, 70], 0)]
     assert all(bench.seconds["cross"] > 0 for bench in benches.values())
+    assert benches["dep2"].seconds["all-to-all"] > 0 and "all-to-all" not in benches["ep2"].seconds
+
+
+def test_plans_of_a_few_sizes(bench: benchmark.Bench) -> None:
+    plan = bench.tune_few("random", dispatch="alltoall")
+    assert plan.buckets == TINY.few and plan.key.dispatch == "alltoall" and not bench.plans
+
+
+def test_without_time_the_all_to_all_is_left_out() -> None:
+    bench = make_bench("dep2")
+    bench.tune("own", benchmark.TUNED_ON)
+    bench.watch = benchmark.Watch(budget=0)
+    assert benchmark.cross({"dep2": bench}) == {} and bench.skipped == ["all-to-all"]
 
 
 def test_layouts_of_a_model_share_weights() -> None:

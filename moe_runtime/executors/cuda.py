@@ -67,7 +67,7 @@ class CudaExecutor:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """Of the least token tile that holds an expert's rows, or the largest where none does; the first of those alike."""
+        """Of the least token tile that holds an expert's rows, or the largest where none does."""
         return self._default(problem, gemm, num_rows)
 
     def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:

@@ -26,7 +26,7 @@ HOPELESS = 2.0
 SCOUTED = 4
 """Workloads of a sample that heats before the final race on: those only rule out what is far behind."""
 RACE_SECONDS = 0.3
-MIN_ROUNDS, MAX_ROUNDS, MOST_TIMES = 5, 31, 62
+MIN_ROUNDS, MAX_ROUNDS, MOST_TIMES = 3, 21, 30
 """Rounds of the final: as many as RACE_SECONDS a workload holds, enough for a median, and no more than steady it. Many
 workloads steady it as well, so that MOST_TIMES of a tactic on those of a sample are enough."""
 
