@@ -193,6 +193,7 @@ def draw(kind: str, series: Sequence[tuple[Series, Sequence[Point]]], found: Seq
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     from moe_runtime.report.style import INK, MARKERS, RC, SERIES
 
@@ -212,6 +213,10 @@ def draw(kind: str, series: Sequence[tuple[Series, Sequence[Point]]], found: Seq
                 axes.plot(sorted(ends), rings, marker="o", ms=12, mfc="none", ls="", color=INK.light)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xlabel(kind)
         axes.set_ylabel("us")
         axes.set_title("Layer: fastest pair (line), default (dashes), explained (dots)")

@@ -155,9 +155,9 @@ class Bench:
         return plan
 
     def tune_few(self, distribution: str, **settings: Any) -> Plan:
-        """A plan of buckets at a few sizes."""
-        few = self.size.few
-        return tune(self.problem, self.weights, self.executor, few[-1], distribution, buckets=few, **settings)
+        """A plan of buckets at a few sizes, each of which serves that size alone, as it is run."""
+        buckets = sorted({bucket for size in self.size.few for bucket in (size, size + 1)})[:-1]
+        return tune(self.problem, self.weights, self.executor, buckets[-1], distribution, buckets=buckets, **settings)
 
     def workload(self, tokens: int, distribution: str, dispatch: str = DISPATCH) -> Workload:
         """One that no tuning saw."""

@@ -11,7 +11,7 @@ from . import machine
 from .config import MoEConfig
 from .errors import MoEError, Unsupported
 from .executors import get_executor
-from .executors.base import MoEProblem
+from .executors.base import GEMMS, MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
 from .tables import differing, make_console, regimes_table
@@ -63,11 +63,13 @@ def demo(output: Path) -> None:
     differ = differing(plans)
     places = f"{len(differ)} places: {', '.join(differ)}" if differ else "no place"
     console.print(f"{LAYOUTS[0]} and {LAYOUTS[1]} chose differently in {places}")
-    for name, plan in zip(LAYOUTS, plans, strict=True):
+    for problem, plan in zip(problems, plans, strict=True):
         for entry in plan.entries:
-            for gemm, choice in (("gemm1", entry.gemm1), ("gemm2", entry.gemm2)):
+            for gemm, choice in zip(GEMMS, (entry.gemm1, entry.gemm2), strict=True):
                 for tactic, reason in choice.rejected.items():
-                    console.print(f"{name}, {entry.bucket} tokens, {gemm}: rejected {tactic}: {reason}", markup=False)
+                    if executor.can_implement(problem, gemm, tactic) is None:  # else it was never a candidate
+                        place = f"{problem.parallel}, {entry.bucket} tokens, {gemm}"
+                        console.print(f"{place}: rejected {tactic}: {reason}", markup=False)
 
     console.rule("3. run")
     for problem, plan in zip(problems, plans, strict=True):
