@@ -216,7 +216,8 @@ def test_roofline_points(plans: list[Plan]) -> None:
     rows, n, k = 32 * 128, 4096, 7168
     assert points[512].tflops == pytest.approx(2 * rows * n * k / min(best.values()) / 1e6)
     weights, scales = 32 * n * k, 32 * (n // 128) * (k // 128) * 4
-    moved = weights + scales + rows * k + rows * (k // 128) * 4 + rows * n * 2
+    activations = rows * (n // 2) + rows * (n // 2 // 128) * 4
+    moved = weights + scales + rows * k + rows * (k // 128) * 4 + activations
     assert points[512].intensity == pytest.approx(2 * rows * n * k / moved)
 
 

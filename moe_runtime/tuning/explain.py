@@ -140,12 +140,12 @@ def _spread(workload: Workload) -> RowsPerExpert:
 
 
 def _roof(device: str, workloads: Sequence[Workload], gemm: Gemm) -> Roof | None:
-    """The mean over the workloads, as times are."""
+    """The mean over the workloads, as times are; gemm1's are with the activation, so it must write no more."""
     roofs = ROOFS.get(device)
     if roofs is None or not workloads:
         return None
     shape = MoEProblem(workloads[0].config, workloads[0].parallel).gemm_shape(gemm)
-    moved = fmean(gemm_bytes(workload.rows_per_expert.tolist(), shape) for workload in workloads)
+    moved = fmean(gemm_bytes(each.rows_per_expert.tolist(), shape, swiglu=gemm == "gemm1") for each in workloads)
     flops = fmean(2 * workload.local_slots * shape[0] * shape[1] for workload in workloads)
     return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / roofs.block_scaled_tflops / 1e6)
 
