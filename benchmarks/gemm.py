@@ -26,6 +26,7 @@ from benchmarks.common import (
     REST_SECONDS,
     cuda_executor,
     measured_roofs,
+    parse_counts,
     problem,
     provenance,
     reference_points,
@@ -43,7 +44,7 @@ ROWS_PER_EXPERT = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 def main(json: Annotated[Path | None, typer.Option()] = None, rows: str = "", repeats: int = 15) -> None:
     executor, roofs = cuda_executor(), measured_roofs()
-    chosen_rows = [int(r) for r in rows.split(",")] if rows else ROWS_PER_EXPERT
+    chosen_rows = parse_counts(rows) if rows else ROWS_PER_EXPERT
     prototype = reference_points()["cutlass_collective_prototype"]
     results: dict[str, Any] = {}
     table = Table(

@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.common import (
     Survey,
     cuda_executor,
-    parse_tokens,
+    parse_counts,
     problem,
     provenance,
     survey,
@@ -113,10 +113,8 @@ def measure(
     layer = survey_layer(executor, shape, weights, workload, list(gemms.values()))
     pair, layer_us = next(iter(layer.items()))
     inside = sum(found.us[tactic] for found, tactic in zip(gemms.values(), pair, strict=True))
-    busy = int((workload.rows_per_expert > 0).sum())
-    return Point(
-        case, distribution, tokens, workload.local_slots, busy, gemms, pair, layer_us, outside=1 - inside / layer_us
-    )
+    rows, busy, outside = workload.local_slots, workload.busy_experts, 1 - inside / layer_us
+    return Point(case, distribution, tokens, rows, busy, gemms, pair, layer_us, outside)
 
 
 def places(points: Sequence[Point]) -> list[Place]:
@@ -211,7 +209,7 @@ def main(
     distributions: str = "",
 ) -> None:
     executor, console = cuda_executor(), Console(width=200)
-    counts = parse_tokens(tokens) if tokens else TOKENS
+    counts = parse_counts(tokens) if tokens else TOKENS
     laws = distributions.split(",") if distributions else DISTRIBUTIONS
     shapes = {case: problem(*case.split(":")) for case in chosen_cases(models)}
     tactics = dict.fromkeys(

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import cuda_executor, provenance, write_json
+from benchmarks.common import cuda_executor, default_pair, provenance, write_json
 from benchmarks.layer import LAYER
 from moe_runtime import FP8BlockWeights, FusedMoE, MoEConfig, Parallel
 from moe_runtime.executors.base import LayerInputs, MoEProblem
@@ -58,7 +58,7 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
     inputs = LayerInputs(x, routing_logits=logits)
     output = torch.empty_like(x)
     workspace = torch.empty(executor.workspace_bytes(problem, 8), dtype=torch.uint8, device="cuda")
-    tactics = (executor.default_tactic(problem, "gemm1", 8), executor.default_tactic(problem, "gemm2", 8))
+    tactics = default_pair(executor, problem, 8)
     args = executor.arguments(problem, weights, inputs, tactics, output, workspace)
 
     def allocate_both() -> None:

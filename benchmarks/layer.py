@@ -24,8 +24,9 @@ from rich.table import Table
 
 from benchmarks.common import (
     cuda_executor,
+    default_pair,
     measured_roofs,
-    parse_tokens,
+    parse_counts,
     problem,
     provenance,
     reference_points,
@@ -79,7 +80,7 @@ class Point:
 def measure(executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights, n: int, distribution: str) -> Point:
     workload = make_workload(shape.config, shape.parallel, n, distribution)
     tactics = _fastest(executor, shape, weights, workload)
-    default = [executor.default_tactic(shape, gemm, kernel_rows(n, shape.parallel)) for gemm in GEMMS]
+    default = list(default_pair(executor, shape, kernel_rows(n, shape.parallel)))
     ids = workload.topk_ids.cuda()
     x = torch.randn(n, shape.config.hidden_size, device="cuda", dtype=torch.bfloat16)
     logits = torch.randn(n, shape.config.num_experts, device="cuda")
@@ -114,7 +115,7 @@ def main(
     results: dict[str, Any] = {}
     columns = ("tokens", "layer us", "vLLM us", "ratio", "default us", "route us", "stages us", *BANDWIDTH_BOUND)
     table = Table(*columns)
-    for n in parse_tokens(tokens):
+    for n in parse_counts(tokens):
         point = measure(executor, shape, weights, n, distribution)
         layer_us = point.times["layer"]
         peer_us = peer.get(str(n), {}).get("layer_us")

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from benchmarks.common import medians
 from moe_runtime.tuning.profiler import Trial
 
 T = TypeVar("T", bound=Hashable)
@@ -22,10 +23,6 @@ SCOUTED = 4
 NEAR = 1.2
 """Who is this far behind the fastest after the scouting rounds is not the fastest: those are good to a few percent, and
 tell the scouted draws, from which the mean of all differs by a few more."""
-
-
-def medians(times: Mapping[T, Sequence[float]]) -> dict[T, float]:
-    return {name: statistics.median(us) for name, us in times.items()}
 
 
 def by_draw(trials: Sequence[Trial[T]], names: Sequence[T], rounds: int) -> dict[T, Draws]:

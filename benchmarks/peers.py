@@ -32,6 +32,7 @@ from benchmarks.common import (
     cuda_executor,
     likely_tactics,
     measured_roofs,
+    parse_counts,
     problem,
     provenance,
     survey,
@@ -297,7 +298,7 @@ def main(
     only: Annotated[str, typer.Option(help="Names of peers; all others are left out.")] = "",
 ) -> None:
     executor, console = cuda_executor(), Console(width=240)
-    each = [int(count) for count in rows.split(",")] if rows else ROWS_PER_EXPERT
+    each = parse_counts(rows) if rows else ROWS_PER_EXPERT
     names = only.split(",") if only else []
     numerics = {peer.name: peer.numerics for peer in GEMM_PEERS} | {peer.name: peer.numerics for peer in LAYER_PEERS}
     if unknown := set(names) - set(numerics):

@@ -51,8 +51,8 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.common import cuda_executor, problem, provenance, write_json
-from benchmarks.oracle import Draws, means, medians, race, summary, survey, with_hindsight, without_hindsight
+from benchmarks.common import cuda_executor, default_pair, medians, problem, provenance, write_json
+from benchmarks.oracle import Draws, means, race, summary, survey, with_hindsight, without_hindsight
 from benchmarks.tuner_tables import comparison, tables, timing
 from moe_runtime import FP8BlockWeights, MoEConfig, Plan
 from moe_runtime.executors import get_executor
@@ -190,9 +190,7 @@ class Bench:
         return self.times[distribution, tokens]
 
     def default(self, tokens: int) -> TacticPair:
-        rows = kernel_rows(tokens, self.problem.parallel)
-        gemm1, gemm2 = (self.executor.default_tactic(self.problem, gemm, rows) for gemm in GEMMS)
-        return gemm1, gemm2
+        return default_pair(self.executor, self.problem, kernel_rows(tokens, self.problem.parallel))
 
     def chosen(self, plan: Plan, tokens: int) -> TacticPair:
         """What serves so many tokens per rank by the plan, which may be of another layout."""

@@ -11,11 +11,12 @@ from . import machine
 from .config import MoEConfig
 from .errors import MoEError, Unsupported
 from .executors import get_executor
-from .executors.base import GEMMS, MoEProblem
+from .executors.base import MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
 from .tables import differing, make_console, regimes_table
 from .trial_run import run_once
+from .tuning.plan_tools import choices
 from .tuning.session import tune_into
 from .weights import random_weights
 
@@ -65,7 +66,7 @@ def demo(output: Path) -> None:
     console.print(f"{LAYOUTS[0]} and {LAYOUTS[1]} chose differently in {places}")
     for problem, plan in zip(problems, plans, strict=True):
         for entry in plan.entries:
-            for gemm, choice in zip(GEMMS, (entry.gemm1, entry.gemm2), strict=True):
+            for gemm, choice in choices(entry):
                 for tactic, reason in choice.rejected.items():
                     if executor.can_implement(problem, gemm, tactic) is None:  # else it was never a candidate
                         place = f"{problem.parallel}, {entry.bucket} tokens, {gemm}"

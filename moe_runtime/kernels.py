@@ -143,10 +143,14 @@ class KernelVariant:
         return self.tile[1] if self.swap_ab else self.tile[0]
 
     @property
+    def weight_tile(self) -> int:
+        """Rows of weights of one output tile."""
+        return self.tile[0] if self.swap_ab else self.tile[1]
+
+    @property
     def weight_rows(self) -> int:
         """Rows of weights that a cluster takes at a time, which must divide N."""
-        across = 0 if self.swap_ab else 1
-        return self.tile[across] * self.cluster[across]
+        return self.weight_tile * self.cluster[0 if self.swap_ab else 1]
 
 
 class KernelLibrary:

@@ -94,6 +94,11 @@ class Workload:
         return int(self.rows_per_expert.sum())
 
     @property
+    def busy_experts(self) -> int:
+        """Local experts with rows."""
+        return int((self.rows_per_expert > 0).sum())
+
+    @property
     def max_rows_per_expert(self) -> int | None:
         """max_m of the buffers [L, max_m, H] under ``masked``: any token may choose any expert. None elsewhere."""
         return kernel_rows(self.num_tokens, self.parallel) if self.dispatch == "masked" else None

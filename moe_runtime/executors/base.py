@@ -30,11 +30,9 @@ SPREAD = 1.5
 """How many standard deviations of a Poisson law a tile of tokens should reach beyond an expert's mean rows: one that
 holds the mean alone overflows at half of the experts, each of which then reads its weights twice.
 
-On an H200 the defaults by the mean alone lost 6, 11, 26 and 10 % to the best tactics on Qwen3-235B dep2 at 64, 128,
-256 and 512 tokens of random routing; what 1.5 picks there loses 0 to 0.6 %. By benchmarks/results/h200/gemm.json and
-the tiles that random draws fill (Qwen3-235B and DeepSeek-R1, 1 to 16384 tokens) it takes a mean loss of 2.0 % and a
-worst of 26 % to 0.4 and 6 %, as does any value up to 2. Routing that is exactly even pays for it: 5 % at 32 rows an
-expert, below 1 % elsewhere."""
+Both GEMMs with their defaults against the fastest of each, over benchmarks/results/h200/grid.json: on random routing
+1.3 % slower on average and 15 % at worst, by the mean alone 5.5 and 49 %; on zipf:1.0 1.7 and 15 % instead of 3.1 and
+21 %. Exactly even routing pays for it, with 1.7 % on average instead of 0.9. 2 gives the same as 1.5."""
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ class CudaExecutor:
         tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
         suited = [variant for variant in able if variant.token_tile == tile]
         # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
-        return (max if rows > tile else min)(suited, key=_weight_tile).name
+        return (max if rows > tile else min)(suited, key=lambda variant: variant.weight_tile).name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
@@ -251,7 +251,3 @@ class CudaExecutor:
 
     def _layout(self, problem: MoEProblem, num_tokens: int) -> WorkspaceLayout | None:
         return self.library.workspace_layout(self._shape(problem, num_tokens))
-
-
-def _weight_tile(variant: KernelVariant) -> int:
-    return variant.tile[0] if variant.swap_ab else variant.tile[1]

@@ -92,7 +92,7 @@ class CudaGemmTrial:
             executor.launch(arguments[tactic], stages)
 
         self._launch = launch
-        self._timer = _Timer(launch, _busy_experts(workload) * n * k, device)
+        self._timer = _Timer(launch, workload.busy_experts * n * k, device)
 
     def run(self, tactic: str) -> Tensor:
         """Poisons the output first, so that an element left unwritten shows as NaN."""
@@ -149,7 +149,7 @@ class CudaLayerTrial:
             executor.run(problem, weights, inputs, pair, output, workspace)
 
         hidden, inter = problem.gemm_shape("gemm2")
-        self._timer = _Timer(launch, _busy_experts(workload) * 3 * hidden * inter, executor.device)
+        self._timer = _Timer(launch, workload.busy_experts * 3 * hidden * inter, executor.device)
 
     def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
         return self._timer.time(pairs, repeats)
@@ -159,10 +159,6 @@ class CudaLayerTrial:
 def _flush_buffer(device: torch.device) -> Tensor:
     """Four times L2: overwriting it takes about as long as the host needs to launch a layer."""
     return torch.empty(4 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device=device)
-
-
-def _busy_experts(workload: Workload) -> int:
-    return int((workload.rows_per_expert > 0).sum())
 
 
 class _Timer(Generic[T]):

@@ -60,7 +60,7 @@ def cost(
 ) -> Cost:
     """The cost of a grouped GEMM with these rows per local expert. shape: (N, K) of its weights."""
     n, k = shape
-    token_tile, weight_tile = variant.token_tile, variant.tile[0] if variant.swap_ab else variant.tile[1]
+    token_tile, weight_tile = variant.token_tile, variant.weight_tile
     cluster_tokens, cluster_weights = reversed(variant.cluster) if variant.swap_ab else variant.cluster
     occupied = [rows for rows in rows_per_expert if rows > 0]
 

@@ -38,7 +38,7 @@ def draws(
     seeds, found = range(seed + sample * pool, seed + (sample + 1) * pool), []
     for tokens in ends:
         drawn = [make_workload(problem.config, problem.parallel, tokens, distribution, one, dispatch) for one in seeds]
-        found += sorted(drawn, key=_busy_experts)[POOL // 2 :: POOL] if count > 1 else drawn
+        found += sorted(drawn, key=lambda workload: workload.busy_experts)[POOL // 2 :: POOL] if count > 1 else drawn
     return found
 
 
@@ -55,7 +55,3 @@ def smears(distribution: str) -> bool:
 def mean_rows(problem: MoEProblem, tokens: int) -> float:
     """Rows of an expert with so many tokens per rank, on average."""
     return problem.mean_rows(kernel_rows(tokens, problem.parallel))
-
-
-def _busy_experts(workload: Workload) -> int:
-    return int((workload.rows_per_expert > 0).sum())
