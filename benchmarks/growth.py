@@ -39,7 +39,7 @@ from moe_runtime.weights import random_weights
 from moe_runtime.workload import Workload, kernel_rows, make_workload
 
 FACTOR = 1.25
-"""Layers in benchmarks/results/h200/layer-*.json take 0.92 to 1.17 times what explains them, neighbours differ by less."""
+"""Layers in benchmarks/results/h200 take 0.92 to 1.17 times what explains them, so that neighbours differ by less."""
 LAYER_US = 18.0
 """What a layer takes on an H200 beyond its bytes where these are few: launches that wait for each other."""
 TOKEN_CASES = ("deepseek-r1:dep8", "qwen3-235b:dep2")
