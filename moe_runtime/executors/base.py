@@ -28,11 +28,9 @@ _FLOATS = (torch.bfloat16, torch.float32)
 
 SPREAD = 1.5
 """How many standard deviations of a Poisson law a tile of tokens should reach beyond an expert's mean rows: one that
-holds the mean alone overflows at half of the experts, each of which then reads its weights twice.
-
-Both GEMMs with their defaults against the fastest of each, over benchmarks/results/h200/grid.json: on random routing
-1.3 % slower on average and 15 % at worst, by the mean alone 5.5 and 49 %; on zipf:1.0 1.7 and 15 % instead of 3.1 and
-21 %. Exactly even routing pays for it, with 1.7 % on average instead of 0.9. 2 gives the same as 1.5."""
+holds the mean alone overflows at half of the experts, each of which then reads its weights twice. On random routing
+over benchmarks/results/h200/grid.json, the mean alone made defaults 5.5 % slower than the fastest on average, against
+1.3 % with the spread; 2 gives the same as 1.5."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from ..kernels import (
 )
 from ..weights import FP8BlockWeights
 from ..workload import Workload
-from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair, rows_to_hold
+from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair, able_tactics
+from .default_tactic import default_variant
 
 ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
 _TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
@@ -67,18 +68,11 @@ class CudaExecutor:
         return tuple(self._variants)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        """Of the least token tile that holds an expert's rows, or the largest where none does."""
         return self._default(problem, gemm, num_rows)
 
     def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
-        rows = rows_to_hold(problem.mean_rows(num_rows))
-        able = [v for v in self._variants.values() if self.can_implement(problem, gemm, v.name) is None]
-        able = [v for v in able if v.swiglu] or able  # one that fuses SwiGLU spares the activation's kernel
-        tiles = sorted({variant.token_tile for variant in able})
-        tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
-        suited = [variant for variant in able if variant.token_tile == tile]
-        # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
-        return (max if rows > tile else min)(suited, key=lambda variant: variant.weight_tile).name
+        able = [self._variants[name] for name in able_tactics(self, problem, gemm)]
+        return default_variant(able, problem, gemm, num_rows, self.sm_count).name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
