@@ -31,6 +31,7 @@ from .parallel import Parallel
 from .tables import plan_table
 from .tuning import Plan, PlanKey, Timing
 from .tuning import plan_tools as tools
+from .tuning.draws import DRAWS_OF_FEW_ROWS
 from .tuning.explain import Candidate, Explanation, RowsPerExpert
 from .tuning.explain import explain as explain_plan
 from .workload import kernel_rows
@@ -56,7 +57,9 @@ def show(
         _print_json(shown)
         return
     _say(f"{_layer(shown.key)}, {_workload(shown.key)}, on {shown.key.device} (library {shown.key.library_hash})")
-    _say(f"{_progress(shown)}, {shown.samples} samples each, seed {shown.seed}, {shown.created}, {shown.digest()[:12]}")
+    plural = "s" if shown.samples > 1 else ""
+    samples = f"{shown.samples} sample{plural} a bucket ({DRAWS_OF_FEW_ROWS} draws where rows are few)"
+    _say(f"{_progress(shown)}, {samples}, seed {shown.seed}, {shown.created}, {shown.digest()[:12]}")
     out.print(plan_table(shown))
     for tactic, reason in shown.quarantined.items():
         _say(f"quarantined {tactic}: {reason}")
