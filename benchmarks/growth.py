@@ -116,7 +116,7 @@ def all_series(kinds: Sequence[str]) -> list[Series]:
 def explained_us(executor: Executor, shape: MoEProblem, workload: Workload) -> float:
     read_tbps = ROOFS[executor.device_name].read_tbps
     stage_us = {stage: size / read_tbps / 1e6 for stage, size in stage_bytes(shape, workload).items()}
-    total = LAYER_US + stage_us[Stage.GATHER] + stage_us[Stage.COMBINE]
+    total = LAYER_US + stage_us[Stage.GATHER]  # gemm2 combines, in as many bytes as it would store
     for gemm in GEMMS:
         predicted = predict(executor, shape, gemm, [workload])
         total += min(

@@ -83,9 +83,9 @@ def main(json: Annotated[Path | None, typer.Option()] = None) -> None:
         "arguments of the native call": host_us(lambda: executor.arguments(problem, weights, inputs, tactics, *given)),
         "native call that launches nothing": empty_call,
         "all kernel launches": stages(LAYER | Stage.ROUTE) - empty_call,
-        "of them a GEMM": stages(Stage.GEMM1) - empty_call,
+        "of them GEMM1": stages(Stage.GEMM1) - empty_call,
+        "of them GEMM2, which combines": stages(Stage.GEMM2 | Stage.COMBINE) - empty_call,
         "of them route, permute and gather": stages(Stage.ROUTE | Stage.PERMUTE | Stage.GATHER) - empty_call,
-        "of them combine": stages(Stage.COMBINE) - empty_call,
     }
     table = Table("part of an eager call", "us")
     for part, us in parts.items():

@@ -5,7 +5,8 @@
 The rank receives a balanced workload with ready top-k ids, as behind a dispatch; tactics are the fastest measured
 here for that workload: the two best of each GEMM, then the best of their pairs in the layer. Layers are timed after a
 rest, as in benchmarks/gemm.py. Stages are timed alone, so they add up to more than the layer, in which they overlap;
-the activation is the kernel that a gemm1 which fuses it spares. Few tokens are permuted and gathered by one kernel.
+activation and combine are the kernels that a gemm1 and a gemm2 which fuse them spare. Few tokens are permuted and
+gathered by one kernel. outside_gemms_us is what the layer takes beside both GEMMs with what they fuse.
 """
 
 from __future__ import annotations
@@ -95,8 +96,14 @@ def measure(executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights,
     calls = {"layer": call(LAYER, tactics), "default": call(LAYER, default)}
     # Routing over all experts makes another workload than a balanced one, so only its own stage is timed.
     calls["route"] = call(Stage.ROUTE, tactics, LayerInputs(x, routing_logits=logits))
-    unfused = [default[1], default[1]]  # a tactic of gemm2 leaves the activation to its own kernel
-    alone = {name: call(stage, unfused if name == "activation" else tactics) for name, stage in STAGES.items()}
+    rows = executor.leaving_rows(default[1])  # leaves activation and combine to kernels of their own
+    alone = {
+        name: call(stage, [rows, rows] if name in ("activation", "combine") else tactics)
+        for name, stage in STAGES.items()
+        if name != "gemm2"
+    }
+    combines = executor.variants[tactics[1]].combines
+    alone["gemm2"] = call(Stage.GEMM2 | Stage.COMBINE if combines else Stage.GEMM2, tactics)
     times = time_rested(calls) | time_graphs(alone)
     traffic = {str(stage.name).lower(): size for stage, size in stage_bytes(shape, workload).items()}
     return Point(times, tactics, default, workload.local_slots, traffic)

@@ -82,6 +82,7 @@ class LibraryVariant(ctypes.Structure):
         ("run", ctypes.c_void_p),
         ("check_abi", ctypes.CFUNCTYPE(ctypes.c_int32)),
         ("swiglu", ctypes.c_int32),
+        *((field, ctypes.c_int32) for field in ("weights", "gathers", "combines")),
     ]
 
 

@@ -1,23 +1,28 @@
 """Which variants exist, and why each does."""
 
+import dataclasses
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from .cutlass import KernelScheduleType as Kernel
 from .errors import BuildError
-from .rules import SCHEDULES, check
-from .variant import Shape, Variant
+from .rules import NOT_ON_BLACKWELL, SCHEDULES, check
+from .variant import Ends, Family, Shape, Variant
 
 COOPERATIVE = Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative
 PINGPONG = Kernel.PtrArrayBlockwiseTmaWarpSpecializedPingpong
 ONE_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized1SmSm100
 TWO_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100
-NVFP4 = Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100
-SM120_COOPERATIVE = Kernel.PtrArrayTmaWarpSpecializedCooperative
+NVFP4_ONE_SM = Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100
+NVFP4_TWO_SM = Kernel.PtrArrayNvf4TmaWarpSpecialized2SmSm100
+MXFP4_ONE_SM = Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized1SmSm100
+MXFP4_TWO_SM = Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100
+PLAIN_COOPERATIVE = Kernel.PtrArrayTmaWarpSpecializedCooperative
 SM120_PINGPONG = Kernel.PtrArrayTmaWarpSpecializedPingpong
 
+COMBINE = "spares a layer the rows' way to memory and back, 1 to 4 % of it"
 PRODUCER_SPILLS = "CUTLASS' producer warps keep 48 registers: some words go to memory once a tile, outside every K loop"
 
 
@@ -44,14 +49,14 @@ def entry(
     *,
     cluster: tuple[int, int] = (1, 1),
     swap_ab: bool = False,
-    family: Literal["collective", "direct"] = "collective",
-    swiglu: bool = False,
+    family: Family = "collective",
+    ends: Ends = "plain",
     allow_spill: str | None = None,
     yardstick: bool = False,
 ) -> Entry:
     epilogue = SCHEDULES[arch, format][schedule]
     variant = Variant(
-        arch, format, Shape(*tile), schedule, epilogue, Shape(*cluster, 1), swap_ab, family=family, swiglu=swiglu
+        arch, format, Shape(*tile), schedule, epilogue, Shape(*cluster, 1), swap_ab, family=family, ends=ends
     )
     return Entry(variant, why, allow_spill, yardstick)
 
@@ -72,25 +77,68 @@ def direct(tile: tuple[int, int], why: str, **options: Any) -> Entry:
     return sm90(tile, COOPERATIVE, why, family="direct", **options)
 
 
+def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> Entry:
+    return entry("sm_90a", format, (128, tokens, k), PLAIN_COOPERATIVE, why, swap_ab=True, family="mixed")
+
+
+def with_combine(plain: Entry, allow_spill: str | None = None) -> tuple[Entry, Entry]:
+    """A kernel that leaves rows, for GEMM1, for callers that want them and for results that repeat bit by bit, and its
+    twin that adds them up as GEMM2."""
+    variant = dataclasses.replace(plain.variant, ends="combine")
+    return plain, dataclasses.replace(
+        plain, variant=variant, why=f"the same, added up: {COMBINE}", allow_spill=allow_spill
+    )
+
+
 def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
     return entry("sm_100a", "fp8_block", (*tile, 128), schedule, why, **options)
+
+
+def block_scaled(format: str, k: int, one_sm: Kernel, two_sm: Kernel) -> tuple[Entry, ...]:
+    return (
+        entry("sm_100a", format, (128, 128, k), one_sm, "many rows per expert, where tiles are too few for pairs"),
+        entry("sm_100a", format, (128, 64, k), one_sm, "up to 64 rows per expert", swap_ab=True),
+        entry("sm_100a", format, (256, 128, k), two_sm, "two thread blocks share operand B: many rows", cluster=(2, 1)),
+    )
 
 
 CATALOGUE: tuple[Entry, ...] = (
     # Each says how often it was the fastest of 536 GEMMs (six layouts, 15 token counts, three distributions; of 268
     # where it fuses SwiGLU) and what the worst of them loses without it: benchmarks/results/h200/grid.json.
-    direct((128, 128), "weights that tiles of 256 do not divide; fastest 5 times, 1 % lost without it"),
-    direct((128, 256), "from 65 rows per expert on; fastest 98 times, 17 % lost without it"),
-    direct((128, 256), "gate_up from 65 rows on, activated in place; fastest 90 times, 18 %", swiglu=True),
-    direct((128, 8), "up to 8 rows per expert; fastest 118 times, 6 %", swap_ab=True),
-    direct((128, 16), "up to 16 rows per expert; fastest 58 times, 9 %", swap_ab=True),
-    direct((128, 32), "17 to 32 rows per expert; fastest 11 times, 4 %", swap_ab=True),
-    direct((128, 64), "33 to 64 rows per expert; fastest 15 times, 2 %", swap_ab=True),
-    direct((256, 32), "17 to 32 rows, half as many tiles; fastest 22 times, 3 %", swap_ab=True),
-    direct((256, 64), "33 to 64 rows, half as many tiles; fastest 14 times, 4 %", swap_ab=True),
-    direct((256, 16), "gate_up of up to 16 rows, activated in place; fastest 88 times, 8 %", swap_ab=True, swiglu=True),
-    direct((256, 32), "gate_up of up to 32 rows, activated in place; fastest 15 times, 7 %", swap_ab=True, swiglu=True),
-    direct((256, 64), "gate_up of 33 to 64 rows, in place; fastest 2 times, 1.5 %", swap_ab=True, swiglu=True),
+    *with_combine(direct((128, 128), "weights that tiles of 256 do not divide; fastest 5 times, 1 % lost without it")),
+    *with_combine(direct((128, 256), "from 65 rows per expert on; fastest 98 times, 17 % lost without it")),
+    direct((128, 256), "gate_up from 65 rows on, activated in place; fastest 90 times, 18 %", ends="swiglu"),
+    *with_combine(direct((128, 8), "up to 8 rows per expert; fastest 118 times, 6 %", swap_ab=True)),
+    *with_combine(direct((128, 16), "up to 16 rows per expert; fastest 58 times, 9 %", swap_ab=True)),
+    *with_combine(direct((128, 32), "17 to 32 rows per expert; fastest 11 times, 4 %", swap_ab=True)),
+    *with_combine(direct((128, 64), "33 to 64 rows per expert; fastest 15 times, 2 %", swap_ab=True)),
+    *with_combine(direct((256, 32), "17 to 32 rows, half as many tiles; fastest 22 times, 3 %", swap_ab=True)),
+    *with_combine(
+        direct((256, 64), "33 to 64 rows, half as many tiles; fastest 14 times, 4 %", swap_ab=True),
+        allow_spill="two words, once a tile",
+    ),
+    direct(
+        (256, 16), "gate_up of up to 16 rows, activated in place; fastest 88 times, 8 %", swap_ab=True, ends="swiglu"
+    ),
+    direct(
+        (256, 32), "gate_up of up to 32 rows, activated in place; fastest 15 times, 7 %", swap_ab=True, ends="swiglu"
+    ),
+    direct((256, 64), "gate_up of 33 to 64 rows, in place; fastest 2 times, 1.5 %", swap_ab=True, ends="swiglu"),
+    direct((256, 16), "up to 16 rows, loaded from where they came in", swap_ab=True, ends="gather_swiglu"),
+    direct((256, 32), "up to 32 rows, loaded from where they came in", swap_ab=True, ends="gather_swiglu"),
+    *(
+        entry
+        for weights in ("mxfp4", "nvfp4", "bf16")
+        for plain in (
+            mixed(weights, 8, "up to 8 rows per expert"),
+            mixed(weights, 16, "9 to 16 rows per expert"),
+            mixed(weights, 32, "17 to 32 rows per expert"),
+            mixed(weights, 64, "33 to 64 rows per expert"),
+            mixed(weights, 128, "65 to 128 rows per expert", k=64 if weights == "bf16" else 128),
+            mixed(weights, 256, "more rows: weights are decoded half as often; stages of 64 for four to fit", k=64),
+        )
+        for entry in with_combine(plain)
+    ),
     collective((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
     collective((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),
     collective(
@@ -118,12 +166,13 @@ CATALOGUE: tuple[Entry, ...] = (
     sm100((128, 32), ONE_SM, "up to 32 rows per expert: decode", swap_ab=True, allow_spill=PRODUCER_SPILLS),
     sm100((256, 128), TWO_SM, "two thread blocks share operand B: many rows per expert", cluster=(2, 1)),
     sm100((256, 128), TWO_SM, "the pair spans weights: 65 to 128 rows per expert", cluster=(2, 1), swap_ab=True),
-    entry("sm_100a", "nvfp4", (128, 128, 256), NVFP4, "many rows per expert"),
-    entry("sm_100a", "nvfp4", (128, 64, 256), NVFP4, "up to 64 rows per expert", swap_ab=True),
+    *block_scaled("nvfp4", 256, NVFP4_ONE_SM, NVFP4_TWO_SM),
+    *block_scaled("mxfp8_mxfp4", 128, MXFP4_ONE_SM, MXFP4_TWO_SM),
     entry(
-        "sm_120a", "nvfp4", (128, 128, 128), SM120_COOPERATIVE, "the tile with four stages in 99 KB of shared memory"
+        "sm_120a", "nvfp4", (128, 128, 128), PLAIN_COOPERATIVE, "the tile with four stages in 99 KB of shared memory"
     ),
     entry("sm_120a", "nvfp4", (128, 128, 128), SM120_PINGPONG, "epilogue of one tile under the mainloop of the next"),
+    entry("sm_120a", "mxfp8_mxfp4", (128, 128, 128), PLAIN_COOPERATIVE, "unpacked to bytes, two stages fit in 99 KB"),
 )
 
 
@@ -172,4 +221,6 @@ def markdown(entries: Sequence[Entry] = CATALOGUE) -> str:
                 yardstick = "; yardstick" if e.yardstick else ""
                 swapped = "yes" if v.swap_ab else ""
                 lines.append(f"| `{v.name}` | {v.tile} | {v.cluster} | {swapped} | {e.why}{spill}{yardstick} |")
+    lines += ["", "## Formats without kernels of their own on sm_100a and sm_120a", ""]
+    lines += [f"- `{format}`: {reason}" for format, reason in NOT_ON_BLACKWELL.items()]
     return "\n".join(lines) + "\n"

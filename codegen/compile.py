@@ -23,7 +23,7 @@ from .objects import ObjectCache, Record
 
 MEMORY_PER_COMPILE = 4 << 30  # a CUTLASS collective needs this much
 # Where this machine has no record yet.
-EXPECTED_SECONDS = {"collective": 110.0, "direct": 10.0, "op": 10.0, "registry": 4.0}
+EXPECTED_SECONDS = {"collective": 110.0, "direct": 10.0, "mixed": 10.0, "op": 10.0, "registry": 4.0}
 ERROR_LINE = re.compile(r"\b(error|fatal|killed|undefined reference)\b", re.IGNORECASE)
 POLL_SECONDS = 0.1
 

@@ -19,7 +19,7 @@ class Unit:
     """One source that nvcc compiles to one object."""
 
     name: str
-    kind: Literal["collective", "direct", "op", "registry"]
+    kind: Literal["collective", "direct", "mixed", "op", "registry"]
     source: Path
     format: str | None = None
     allow_spill: str | None = None

@@ -11,8 +11,17 @@ Rule = Callable[[Variant], str | None]
 WARPGROUP_ROWS = 64  # rows of one wgmma
 SCALE_BLOCK = 128  # fp8_block: one weight scale per 128x128, one token scale per 1x128
 MAX_ACCUMULATORS = 64  # fp32 registers a thread; the block-scaled mainloop keeps a second set to promote into
-TWO_SM = (Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100,)
-COOPERATIVE = (Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative,)
+TWO_SM = (
+    Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100,
+    Kernel.PtrArrayNvf4TmaWarpSpecialized2SmSm100,
+    Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100,
+)
+COOPERATIVE = (
+    Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative,
+    Kernel.PtrArrayTmaWarpSpecializedCooperative,
+)
+MIXED_WEIGHTS = ("mxfp4", "nvfp4", "bf16")
+MAX_MIXED_TOKENS = 256  # columns of one wgmma
 
 # Kernel schedules of each (arch, format), and the epilogue schedule that runs with each.
 SCHEDULES = {
@@ -24,12 +33,43 @@ SCHEDULES = {
         Kernel.PtrArrayBlockwiseTmaWarpSpecialized1SmSm100: Epilogue.PtrArrayTmaWarpSpecialized1Sm,
         Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100: Epilogue.PtrArrayTmaWarpSpecialized2Sm,
     },
-    ("sm_100a", "nvfp4"): {Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100: Epilogue.PtrArrayTmaWarpSpecialized1Sm},
-    # sm_120's block-scaled builder takes the grouped schedules of sm_90 and finds NVFP4 from the element types.
-    ("sm_120a", "nvfp4"): {
-        Kernel.PtrArrayTmaWarpSpecializedCooperative: Epilogue.PtrArrayTmaWarpSpecializedCooperative,
-        Kernel.PtrArrayTmaWarpSpecializedPingpong: Epilogue.PtrArrayTmaWarpSpecializedPingpong,
+    ("sm_100a", "nvfp4"): {
+        Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100: Epilogue.PtrArrayTmaWarpSpecialized1Sm,
+        Kernel.PtrArrayNvf4TmaWarpSpecialized2SmSm100: Epilogue.PtrArrayTmaWarpSpecialized2Sm,
     },
+    ("sm_100a", "mxfp8_mxfp4"): {
+        Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized1SmSm100: Epilogue.PtrArrayTmaWarpSpecialized1Sm,
+        Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100: Epilogue.PtrArrayTmaWarpSpecialized2Sm,
+    },
+    # Kernels of our own for bf16 tokens: templates/mixed.
+    **{
+        ("sm_90a", weights): {
+            Kernel.PtrArrayTmaWarpSpecializedCooperative: Epilogue.PtrArrayTmaWarpSpecializedCooperative
+        }
+        for weights in MIXED_WEIGHTS
+    },
+    # sm_120's block-scaled builder takes the grouped schedules of sm_90 and finds the format from the element types.
+    **{
+        ("sm_120a", format): {
+            Kernel.PtrArrayTmaWarpSpecializedCooperative: Epilogue.PtrArrayTmaWarpSpecializedCooperative,
+            Kernel.PtrArrayTmaWarpSpecializedPingpong: Epilogue.PtrArrayTmaWarpSpecializedPingpong,
+        }
+        for format in ("nvfp4", "mxfp8_mxfp4")
+    },
+}
+
+# Formats of layers (moe_runtime/formats/registry.py) that have no kernels of their own on Blackwell.
+NOT_ON_BLACKWELL = {
+    "fp8_mxfp4": (
+        "served by the kernels of mxfp8_mxfp4, whose token factors are then all 2^0 (`scale_layouts.unit_atoms`); the "
+        "tensor's scale goes into alpha"
+    ),
+    "fp8_nvfp4": (
+        "e4m3 beside e2m1 is the instruction mxf8f6f4, whose factors are ue8m0, one per 32; NVFP4's are e4m3, one per "
+        "16 (static_assert)"
+    ),
+    "bf16_mxfp4": "no tensor-core instruction multiplies bf16 by 4-bit values; kernels that decode first are sm_90a's",
+    "bf16": "a yardstick for layers, and layers run on Hopper",
 }
 
 
@@ -43,7 +83,8 @@ def is_sm100(v: Variant) -> bool:
 
 def schedule_belongs_to_format(v: Variant) -> str | None:
     if v.schedule not in SCHEDULES.get((v.arch, v.format), {}):
-        return f"{v.schedule.name} has no collective for {v.format} on {v.arch}"
+        why = "" if is_sm90(v) else NOT_ON_BLACKWELL.get(v.format, "")
+        return f"{v.schedule.name} has no collective for {v.format} on {v.arch}{why and f': {why}'}"
     return None
 
 
@@ -62,11 +103,13 @@ def k_tile_is_one_scale_block(v: Variant) -> str | None:
     return None
 
 
-def nvfp4_k_tile(v: Variant) -> str | None:
+def block_scaled_k_tile(v: Variant) -> str | None:
     if v.arch == "sm_100a" and v.format == "nvfp4" and v.tile.k != 256:
         return f"256 packed values fill the 128-byte rows that sm_100 reads: tile k is 256, not {v.tile.k}"
     if v.arch == "sm_120a" and v.format == "nvfp4" and v.tile.k != 128:
         return f"shared memory of sm_120 holds four stages of tile k 128, only two of 256; got {v.tile.k}"
+    if v.format == "mxfp8_mxfp4" and v.tile.k != 128:
+        return f"128 values, each a byte once unpacked, fill the 128-byte rows of shared memory: not tile k {v.tile.k}"
     return None
 
 
@@ -92,7 +135,7 @@ def warpgroups_divide_m(v: Variant) -> str | None:
 def accumulators_fit_registers(v: Variant) -> str | None:
     threads = 256 if v.schedule in COOPERATIVE else 128
     accumulators = v.tile.m * v.instruction_n // threads
-    if is_sm90(v) and accumulators > MAX_ACCUMULATORS:
+    if is_sm90(v) and v.format == "fp8_block" and accumulators > MAX_ACCUMULATORS:
         return (
             f"{v.tile.m}x{v.tile.n} over {threads} threads needs {accumulators} accumulators a thread, twice for the "
             f"promotion; more than {MAX_ACCUMULATORS} spills"
@@ -142,9 +185,12 @@ def scale_copy_is_unmasked(v: Variant) -> str | None:
     return None
 
 
-def sm100_nvfp4_columns(v: Variant) -> str | None:
-    if is_sm100(v) and v.format == "nvfp4" and v.tile.n not in (64, 128):
-        return f"NVFP4 on sm_100 takes tile n 64 or 128: 32 does not compile, 256 leaves two stages; got {v.tile.n}"
+def sm100_block_scaled_columns(v: Variant) -> str | None:
+    if is_sm100(v) and v.format != "fp8_block" and v.tile.n not in (64, 128):
+        return (
+            f"{v.format} on sm_100 takes tile n 64 or 128: 32 does not compile, 256 leaves no second accumulator for "
+            f"the epilogue to empty meanwhile; got {v.tile.n}"
+        )
     return None
 
 
@@ -173,16 +219,36 @@ def direct_unswapped_tile(v: Variant) -> str | None:
 
 
 def direct_has_no_cluster(v: Variant) -> str | None:
-    if v.family == "direct" and (v.cluster.m, v.cluster.n) != (1, 1):
+    if v.family in ("direct", "mixed") and (v.cluster.m, v.cluster.n) != (1, 1):
         return (
             f"two thread blocks that shared the tokens' loads were slower than each for itself: 1x1x1, not {v.cluster}"
         )
     return None
 
 
+def mixed_is_what_reads_packed_weights(v: Variant) -> str | None:
+    if (v.family == "mixed") != (v.arch == "sm_90a" and v.format in MIXED_WEIGHTS):
+        return (
+            f"mixed kernels, and no others, read weights of {', '.join(MIXED_WEIGHTS)} on sm_90a; "
+            f"not {v.family}, {v.format}, {v.arch}"
+        )
+    return None
+
+
+def mixed_tile(v: Variant) -> str | None:
+    if v.family == "mixed" and (not v.swap_ab or v.tile.m != 128 or v.tile.n > MAX_MIXED_TOKENS):
+        return (
+            f"decoded weights are operand A, in registers: 128 of them by up to {MAX_MIXED_TOKENS} tokens, swapped; "
+            f"not {v.tile.m}x{v.tile.n}"
+        )
+    if v.family == "mixed" and v.tile.k not in (64, 128):
+        return f"weights are packed in slices of 64 of K, two to a block: tile k is 64 or 128, not {v.tile.k}"
+    return None
+
+
 def swiglu_has_whole_scale_blocks(v: Variant) -> str | None:
     if v.swiglu and v.family != "direct":
-        return "CUTLASS' collectives have no epilogue that quantises: SwiGLU needs the direct family"
+        return "CUTLASS' collectives and mixed kernels have no epilogue that quantises: SwiGLU needs the direct family"
     if v.swiglu and v.weight_tile != 2 * SCALE_BLOCK:
         return f"a tile holds one block of {SCALE_BLOCK} activations, so {2 * SCALE_BLOCK} weights: not {v.weight_tile}"
     return None
@@ -192,7 +258,7 @@ RULES: tuple[Rule, ...] = (
     schedule_belongs_to_format,
     epilogue_matches_schedule,
     k_tile_is_one_scale_block,
-    nvfp4_k_tile,
+    block_scaled_k_tile,
     weight_tile_is_whole_scale_blocks,
     unswapped_weight_tile_is_one_scale_block,
     warpgroups_divide_m,
@@ -203,12 +269,14 @@ RULES: tuple[Rule, ...] = (
     two_sm_has_a_pair,
     one_sm_rows,
     scale_copy_is_unmasked,
-    sm100_nvfp4_columns,
+    sm100_block_scaled_columns,
     sm120_whole_scale_atoms,
     sm120_has_no_cluster,
     direct_is_sm90_fp8_block,
     direct_unswapped_tile,
     direct_has_no_cluster,
+    mixed_is_what_reads_packed_weights,
+    mixed_tile,
     swiglu_has_whole_scale_blocks,
 )
 

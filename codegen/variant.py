@@ -14,7 +14,31 @@ from .cutlass import (
     KernelScheduleType,
 )
 
-ELEMENT_INPUT = {"fp8_block": DataType.e4m3, "nvfp4": DataType.e2m1}
+Family = Literal["collective", "direct", "mixed"]
+
+Ends = Literal["plain", "swiglu", "gather_swiglu", "combine"]
+
+E4M3, E2M1 = DataTypeTag[DataType.e4m3], DataTypeTag[DataType.e2m1]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An operand of a collective: its encoding as MoeTokens and MoeWeights of templates/abi.h end, and its C++ type."""
+
+    encoding: str
+    type: str
+
+
+FP8_BLOCK = Operand("FP8_BLOCK", E4M3)
+NVFP4 = Operand("NVFP4", f"cutlass::nv_float4_t<{E2M1}>")
+MXFP8 = Operand("MXFP8", f"cutlass::mx_float8_t<{E4M3}>")
+MXFP4 = Operand("MXFP4", f"cutlass::mx_float4_t<{E2M1}>")
+# Tokens and weights of each format that CUTLASS' collectives multiply.
+COLLECTIVE_OPERANDS = {
+    "fp8_block": (FP8_BLOCK, FP8_BLOCK),
+    "nvfp4": (NVFP4, NVFP4),
+    "mxfp8_mxfp4": (MXFP8, MXFP4),
+}
 ELEMENT_OUTPUT = DataType.bf16
 
 
@@ -35,7 +59,6 @@ class Tags:
     """C++ spellings of a variant's types, as the templates read them."""
 
     arch: str
-    element_input: str
     element_output: str
     kernel_schedule: str
     epilogue_schedule: str
@@ -45,8 +68,11 @@ class Tags:
 class Variant:
     """One grouped GEMM kernel. `swap_ab`: the weights are operand A, so the token tile is `tile.n`.
 
-    `family`: one of CUTLASS' collectives, or a kernel of our own (templates/direct). `swiglu`: the epilogue applies the
-    activation and quantises, so the kernel serves as GEMM1 only and its weight tile counts rows of gate and up alike.
+    `family`: one of CUTLASS' collectives, or a kernel of our own: templates/direct, or templates/mixed, for bf16 tokens
+    and packed weights, whose encoding alone is its `format`. `ends`: what it does beside the product. swiglu: the
+    epilogue applies the activation and quantises, so the kernel serves as GEMM1 only and its weight tile counts rows of
+    gate and up alike; gather_swiglu: it also loads tokens from where they came in. combine: the epilogue adds weighted
+    rows to the tokens' output, so the kernel serves as GEMM2 only.
     """
 
     arch: str
@@ -56,16 +82,16 @@ class Variant:
     epilogue_schedule: EpilogueScheduleType
     cluster: Shape = Shape(1, 1, 1)
     swap_ab: bool = False
-    family: Literal["collective", "direct"] = "collective"
+    family: Family = "collective"
     stages: Literal["auto"] = "auto"
-    swiglu: bool = False
+    ends: Ends = "plain"
 
     @property
     def name(self) -> str:
         """A C identifier derived from the fields: file name, symbol and identity everywhere."""
         family = () if self.family == "collective" else (self.family,)
         parts = (self.arch.replace("_", ""), self.format, *family, str(self.tile), str(self.cluster))
-        options = ("_swap_ab" if self.swap_ab else "") + ("_swiglu" if self.swiglu else "")
+        options = ("_swap_ab" if self.swap_ab else "") + ("" if self.ends == "plain" else f"_{self.ends}")
         return "_".join(parts) + KernelScheduleSuffixes[self.schedule] + options
 
     @property
@@ -75,17 +101,44 @@ class Variant:
     @property
     def template(self) -> str:
         """Path of the variant's template below templates/."""
-        return f"{self.family}/{self.format}.cu.j2"
+        if self.family == "mixed":
+            return "mixed/grouped_gemm.cu.j2"
+        return f"{self.family}/{'fp8_block' if self.format == 'fp8_block' else 'block_scaled'}.cu.j2"
+
+    @property
+    def tokens(self) -> Operand:
+        """Of a collective; kernels of our own name their types themselves."""
+        return COLLECTIVE_OPERANDS[self.format][0]
+
+    @property
+    def weights(self) -> Operand:
+        return COLLECTIVE_OPERANDS[self.format][1]
 
     @property
     def tags(self) -> Tags:
         return Tags(
             arch=self.target.cutlass_tag,
-            element_input=DataTypeTag[ELEMENT_INPUT[self.format]],
             element_output=DataTypeTag[ELEMENT_OUTPUT],
             kernel_schedule=KernelScheduleTag[self.schedule],
             epilogue_schedule=EpilogueScheduleTag[self.epilogue_schedule],
         )
+
+    @property
+    def ends_type(self) -> str:
+        """Of templates/direct/config.cuh."""
+        return self.ends.title().replace("_", "")
+
+    @property
+    def swiglu(self) -> bool:
+        return self.ends.endswith("swiglu")
+
+    @property
+    def gathers(self) -> bool:
+        return self.ends.startswith("gather")
+
+    @property
+    def combines(self) -> bool:
+        return self.ends == "combine"
 
     @property
     def token_tile(self) -> int:
@@ -116,5 +169,7 @@ class Variant:
             "schedule": self.schedule.name,
             "swap_ab": self.swap_ab,
             "swiglu": self.swiglu,
+            "gathers": self.gathers,
+            "combines": self.combines,
             "stages": self.stages,
         }

@@ -4,12 +4,13 @@
 >>> y = layer(x, router_logits)
 """
 
+from .checkpoints import load_experts
 from .config import MoEConfig, RoutingMethod
 from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, Unsupported
 from .layer import FusedMoE, fused_moe
 from .parallel import Parallel
 from .tuning.plan import Plan
-from .weights import FP8BlockWeights
+from .weights import FP8BlockWeights, PackedWeights
 
 __all__ = [
     "FP8BlockWeights",
@@ -18,10 +19,12 @@ __all__ = [
     "KernelError",
     "MoEConfig",
     "MoEError",
+    "PackedWeights",
     "Parallel",
     "Plan",
     "PlanRefused",
     "RoutingMethod",
     "Unsupported",
     "fused_moe",
+    "load_experts",
 ]

@@ -6,10 +6,26 @@ import torch
 from torch import Tensor
 
 
-def swiglu(gate_up: Tensor, gate_first: bool, clamp_limit: float | None) -> Tensor:
-    """gate_up [..., 2I] -> silu(gate) * up [..., I] f32; with a clamp_limit, gate is cut above it, up on both sides."""
+def swiglu(
+    gate_up: Tensor,
+    gate_first: bool,
+    clamp: float | Tensor | None = None,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+) -> Tensor:
+    """gate_up [..., 2I] -> gate * sigmoid(alpha * gate) * (up + beta), [..., I] f32.
+
+    clamp: gate is cut above it, up on both sides. Tensors broadcast against [..., I]; None is 1 for alpha, 0 for beta.
+    """
     first, second = gate_up.float().chunk(2, dim=-1)
     gate, up = (first, second) if gate_first else (second, first)
-    if clamp_limit is not None:
-        gate, up = gate.clamp(max=clamp_limit), up.clamp(-clamp_limit, clamp_limit)
-    return torch.nn.functional.silu(gate) * up
+    if clamp is not None:
+        limit = torch.as_tensor(clamp, dtype=torch.float32, device=gate.device)
+        gate, up = gate.minimum(limit), up.clamp(-limit, limit)
+    gated = torch.nn.functional.silu(gate) if alpha is None else gate * (alpha * gate).sigmoid()
+    return gated * (up if beta is None else up + beta)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """x [..., I] -> relu(x)^2, f32."""
+    return x.float().relu().square()

@@ -18,6 +18,7 @@ from rich.table import Table
 from . import cli_plan, cli_record, cli_report, machine, tuning
 from .cli_options import (
     DeviceOption,
+    FormatOption,
     JsonOption,
     ModelOption,
     ParallelOption,
@@ -82,6 +83,7 @@ def tune(
         str | None, typer.Option(help="Most time to spend, such as 120s or 2m; what does not fit keeps the default.")
     ] = None,
     device: DeviceOption = None,
+    format: FormatOption = None,
     scale: ScaleOption = 1,
     small: SmallOption = False,
     seed: SeedOption = 0,
@@ -91,12 +93,13 @@ def tune(
 
     Started by torchrun, with one process a GPU, the processes share the work and rank 0 writes the plan.
     """
-    problem = MoEProblem(named_config(model, scale, small), Parallel.parse(parallel, rank))
+    problem = MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel, rank))
     chosen = default_distribution() if distribution is None else check_distribution(distribution)
     if launched() and device != "cpu":
         use_local_gpu()
     executor = named_executor(device)
     other = [dispatch] * (dispatch != DISPATCH) + [objective] * (objective != "mean")
+    other += [] if format is None else [format]
     path = output or _plan_path(problem, [chosen, *other], max_tokens, executor.device_name)
     weights = random_weights(problem, seed, executor.name)
     settings: dict[str, Any] = {
@@ -137,13 +140,14 @@ def run(
     plan: Annotated[Path | None, typer.Option(help="A tuned plan; without one the default tactics run.")] = None,
     rank: RankOption = 0,
     device: DeviceOption = None,
+    format: FormatOption = None,
     scale: ScaleOption = 1,
     small: SmallOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Run one layer on random weights and rows; print its time and its error against a float64 reference."""
-    problem = MoEProblem(named_config(model, scale, small), Parallel.parse(parallel, rank))
+    problem = MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel, rank))
     tuned = None if plan is None else Plan.load(plan)
     executor = named_executor(device)
     if tuned is not None:

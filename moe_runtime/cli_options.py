@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from .config import PRESETS, MoEConfig
 from .errors import InvalidArgument, Unsupported
 from .executors import get_executor
 from .executors.base import Executor, MoEProblem
+from .formats import FORMATS
 from .tables import make_console
 
 out, err = make_console(), make_console(stderr=True)
@@ -22,6 +24,9 @@ DEVICES = ("cuda", "cpu")
 ModelOption = Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")]
 ParallelOption = Annotated[
     str, typer.Option(help="dep<N> (attention data-parallel), ep<N>, tp<N>, or mixes such as dep4tp2.")
+]
+FormatOption = Annotated[
+    str | None, typer.Option("--format", help=f"{', '.join(FORMATS)}; by default the model's own.")
 ]
 RankOption = Annotated[int, typer.Option(help="The rank whose share is run, 0 to N - 1.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
@@ -41,9 +46,11 @@ def named_executor(device: str | None) -> Executor:
     return get_executor(name)
 
 
-def named_config(model: str, scale: int, small: bool) -> MoEConfig:
-    """The layer of --model, scaled by --scale or --small. Raises InvalidArgument."""
+def named_config(model: str, format: str | None, scale: int, small: bool) -> MoEConfig:
+    """The layer of --model in --format, scaled by --scale or --small. Raises InvalidArgument."""
     config = MoEConfig.preset(model)
+    if format is not None:
+        config = dataclasses.replace(config, format=format)
     if small and scale > 1:
         raise InvalidArgument("--small", f"with --scale {scale}", "one of the two")
     if small:

@@ -16,6 +16,7 @@ from rich.text import Text
 from . import machine
 from .cli_options import (
     DeviceOption,
+    FormatOption,
     JsonOption,
     ScaleOption,
     SmallOption,
@@ -82,13 +83,14 @@ def check(
     plan: PlanArgument,
     model: Annotated[str | None, typer.Option(help="The model it is to serve; by default the plan's own.")] = None,
     parallel: Annotated[str | None, typer.Option(help="The layout it is to serve, such as dep8; with --model.")] = None,
+    format: FormatOption = None,
     scale: ScaleOption = 1,
     small: SmallOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a plan can be used here, and what to do where it cannot; exit status 1 when it cannot."""
-    problem = _problem(model, parallel, scale, small)
+    problem = _problem(model, parallel, format, scale, small)
     executor = named_executor(device)
     try:
         findings = tools.check(Plan.load(plan), executor, problem)
@@ -226,13 +228,13 @@ def _times(timing: Timing) -> tuple[str, str]:
     return f"{timing.us:.1f}", f"{timing.low:.1f} to {timing.high:.1f}"
 
 
-def _problem(model: str | None, parallel: str | None, scale: int, small: bool) -> MoEProblem | None:
+def _problem(model: str | None, parallel: str | None, format: str | None, scale: int, small: bool) -> MoEProblem | None:
     if (model is None) != (parallel is None):
         missing = "--model" if model is None else "--parallel"
         raise InvalidArgument(missing, "nothing", "--model and --parallel together, or neither")
     if model is None or parallel is None:
         return None
-    return MoEProblem(named_config(model, scale, small), Parallel.parse(parallel))
+    return MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel))
 
 
 def _layer(key: PlanKey) -> str:

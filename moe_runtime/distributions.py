@@ -5,6 +5,7 @@ Everything is drawn for all experts at once, so that the ranks of one layout see
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from dataclasses import dataclass
@@ -92,8 +93,13 @@ def check(distribution: str, argument: str = "distribution") -> str:
 def draw(distribution: Distribution, config: MoEConfig, num_tokens: int, seed: int) -> Tensor:
     """Global expert ids [num_tokens, top_k], int64, distinct within a row. The same for a seed on any machine.
 
+    The law is that of routed experts, and so is what a file holds; shared ones follow in the last slots.
+
     Raises InvalidArgument for a recorded file that cannot be read or is of another model.
     """
+    if shared := config.num_fused_shared_experts:
+        ids = draw(distribution, routed_part(config), num_tokens, seed)
+        return torch.cat([ids, torch.arange(config.num_routed_experts, config.num_experts).expand(len(ids), shared)], 1)
     if distribution.law == "balanced":
         return torch.from_numpy(_balanced(config, num_tokens, seed))
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -110,6 +116,12 @@ def draw(distribution: Distribution, config: MoEConfig, num_tokens: int, seed: i
         for first in range(0, num_tokens, _ROWS_AT_ONCE)
     ]
     return torch.cat([torch.empty(0, config.top_k, dtype=torch.int64), *chunks])
+
+
+def routed_part(config: MoEConfig) -> MoEConfig:
+    """The layer without its shared experts."""
+    experts, top_k = config.num_routed_experts, config.routed_top_k
+    return dataclasses.replace(config, num_experts=experts, top_k=top_k, num_fused_shared_experts=0)
 
 
 def _logits(

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import Unsupported
+from .formats import Weights
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -33,7 +34,12 @@ class Stage(enum.IntFlag):
     COMBINE = 64
 
 
-DTYPE_BF16, DTYPE_F32, DTYPE_E4M3 = 0, 1, 2
+DTYPE_BF16, DTYPE_F32, DTYPE_E4M3, DTYPE_E2M1 = 0, 1, 2, 3
+
+
+class Activation(enum.IntEnum):
+    SWIGLU = 0
+    RELU2 = 1
 
 
 class VariantRecord(Structure):
@@ -53,11 +59,14 @@ class VariantRecord(Structure):
         ("run", c_void_p),
         ("check_abi", ctypes.CFUNCTYPE(c_int32)),
         ("swiglu", c_int32),
+        ("weights", c_int32),
+        ("gathers", c_int32),
+        ("combines", c_int32),
     ]
 
 
 class LayerArguments(Structure):
-    """MoeFp8BlockLayer."""
+    """MoeLayer."""
 
     _fields_ = [
         ("num_tokens", c_int32),
@@ -70,13 +79,18 @@ class LayerArguments(Structure):
         ("stages", c_int32),
         ("gemm1_variant", c_int32),
         ("gemm2_variant", c_int32),
+        ("weights", c_int32),
+        ("tokens", c_int32),
         ("routing_method", c_int32),
         ("n_group", c_int32),
         ("topk_group", c_int32),
+        ("num_fused_shared_experts", c_int32),
         ("routed_scaling_factor", c_float),
+        ("activation", c_int32),
         ("clamp_limit", c_float),
         ("gate_first", c_int32),
         ("hidden_states_dtype", c_int32),
+        ("input_scale_inverse", c_float),
         ("routing_logits_dtype", c_int32),
         ("routing_bias_dtype", c_int32),
         ("sm_count", c_int32),
@@ -93,6 +107,14 @@ class LayerArguments(Structure):
         ("gemm1_weights_scale", c_void_p),
         ("gemm2_weights", c_void_p),
         ("gemm2_weights_scale", c_void_p),
+        ("gemm1_scale", c_void_p),
+        ("gemm1_bias", c_void_p),
+        ("alpha", c_void_p),
+        ("beta", c_void_p),
+        ("clamp", c_void_p),
+        ("activation_multiplier", c_void_p),
+        ("gemm2_scale", c_void_p),
+        ("gemm2_bias", c_void_p),
         ("output", c_void_p),
         ("workspace", c_void_p),
         ("stream", c_void_p),
@@ -100,13 +122,14 @@ class LayerArguments(Structure):
 
 
 class WorkspaceLayout(Structure):
-    """MoeFp8BlockWorkspace: byte offsets of the regions of a workspace."""
+    """MoeWorkspace: byte offsets of the regions of a workspace."""
 
     _fields_ = [
         ("topk_ids", c_int64),
         ("topk_weights", c_int64),
         ("expert_offsets", c_int64),
         ("permuted_row", c_int64),
+        ("row_origins", c_int64),
         ("rows", c_int64),
         ("row_scales", c_int64),
         ("gemm1_output", c_int64),
@@ -125,7 +148,7 @@ class KernelVariant:
 
     index: its place in the library, which native calls select it by. tile: (M, N, K) and cluster: (M, N) of the GEMM
     as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens. swiglu: serves as gemm1 only, and leaves e4m3
-    activations; its weight rows count gate and up.
+    activations; its weight rows count gate and up. weights: the encoding that it reads.
     """
 
     index: int
@@ -136,6 +159,14 @@ class KernelVariant:
     stages: int
     shared_memory_bytes: int
     swiglu: bool
+    weights: Weights = Weights.FP8_BLOCK
+    gathers: bool = False
+    combines: bool = False
+
+    @property
+    def stores_rows(self) -> bool:
+        """Whether it leaves the GEMM's own bf16 result, and so serves as gemm1 or gemm2."""
+        return not (self.swiglu or self.combines)
 
     @property
     def token_tile(self) -> int:
@@ -171,11 +202,11 @@ class KernelLibrary:
         handle.moe_variant.argtypes = [c_int32]
         handle.moe_error_string.restype = c_char_p
         handle.moe_error_string.argtypes = [c_int32]
-        self.layer = handle.moe_fp8_block_layer
+        self.layer = handle.moe_layer
         self.layer.restype = c_int32
         # Takes the struct itself, whose address ctypes passes on: with byref() the call would take twice as long.
         self.layer.argtypes = [POINTER(LayerArguments)]
-        self._workspace = handle.moe_fp8_block_workspace
+        self._workspace = handle.moe_layer_workspace
         self._workspace.argtypes = [POINTER(LayerArguments), POINTER(WorkspaceLayout)]
         self._handle = handle
         self.hash: str = handle.moe_library_hash().decode()
@@ -198,6 +229,9 @@ class KernelLibrary:
                     record.stages,
                     record.shared_memory_bytes,
                     bool(record.swiglu),
+                    Weights(record.weights),
+                    bool(record.gathers),
+                    bool(record.combines),
                 )
             )
         return variants

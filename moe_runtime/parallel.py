@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from .config import FP8_BLOCK
 from .errors import InvalidArgument
 
 Regime = Literal["dep", "ep", "tp"]
@@ -99,12 +98,12 @@ class Parallel:
         """Global id of the rank's first expert."""
         return self.shard(num_experts).start
 
-    def local_intermediate_size(self, intermediate_size: int) -> int:
+    def local_intermediate_size(self, intermediate_size: int, multiple: int) -> int:
         """What a rank has of each expert's intermediate size.
 
-        Raises InvalidArgument unless that is a multiple of 128: blocks of weight scales are not cut.
+        multiple: the format's. Raises InvalidArgument unless that divides it: blocks of weight scales are not cut.
         """
-        if intermediate_size % (self.tp_size * FP8_BLOCK):
-            accepted = f"a tp size that cuts intermediate_size = {intermediate_size} into multiples of {FP8_BLOCK}"
+        if intermediate_size % (self.tp_size * multiple):
+            accepted = f"a tp size that cuts intermediate_size = {intermediate_size} into multiples of {multiple}"
             raise InvalidArgument("parallel", self, accepted)
         return intermediate_size // self.tp_size

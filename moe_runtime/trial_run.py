@@ -13,7 +13,7 @@ from .layer import FusedMoE
 from .reference import reference_layer, relative_error
 from .routing import route
 from .tuning.plan import Plan
-from .weights import FP8BlockWeights
+from .weights import ExpertWeights
 from .workload import kernel_rows
 
 REPEATS = 7
@@ -37,7 +37,7 @@ class RunResult:
 
 
 def run_once(
-    problem: MoEProblem, weights: FP8BlockWeights, plan: Plan | None, num_tokens: int, seed: int = 0
+    problem: MoEProblem, weights: ExpertWeights, plan: Plan | None, num_tokens: int, seed: int = 0
 ) -> RunResult:
     """Runs the layer on the rows that `num_tokens` tokens per rank bring, routed by random logits over all experts."""
     layer = FusedMoE(problem.config, problem.parallel, weights, plan)

@@ -7,9 +7,9 @@ same T = n. Slicing experts (tp_size) narrows the GEMMs and changes nothing here
 What of the T tokens reaches the kernels is the dispatch:
 
 - ``compact``, the default: rows stand for routed slots, whatever brought them. Under DEP n rows whose k ids all lie in
-  this rank's shard, so m = n*k/L rows per local expert; a distribution that gives shards unequal work makes it as many
-  rows as hold this rank's slots. Under EP the n rows with ids over all experts, so m = n*k/E; ids outside the shard
-  stay, and the kernels skip them, as in a real call.
+  this rank's shard, so m = n*k/L rows per local expert; what gives shards unequal work, a distribution or shared
+  experts, makes it as many rows as hold this rank's slots. Under EP the n rows with ids over all experts, so m = n*k/E;
+  ids outside the shard stay, and the kernels skip them, as in a real call.
 - ``alltoall``: each of the T tokens that has a slot here, once, with its 1 to k local ids and -1 for the others.
 - ``allgather``: all T tokens with ids over all experts.
 - ``masked``: the slots of ``alltoall``, in buffers [L, T, H] of which each expert fills its first rows.
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from .config import MoEConfig
-from .distributions import DISTRIBUTIONS, Distribution, draw, parse
+from .distributions import DISTRIBUTIONS, Distribution, draw, parse, routed_part
 from .distributions import check as check_distribution
 from .errors import InvalidArgument
 from .parallel import Parallel
@@ -153,6 +153,10 @@ def expected_rows(config: MoEConfig, parallel: Parallel, num_tokens: int, dispat
     if check_dispatch(dispatch) in ("alltoall", "masked"):
         return tokens * hit_probability(config, parallel)
     if dispatch == "compact" and parallel.use_dp:
+        if config.num_fused_shared_experts:
+            shard = parallel.shard(config.num_experts)
+            slots = config.routed_top_k * len(shard) / config.num_routed_experts
+            return tokens if _has_shared(config, shard) else tokens * slots / config.top_k
         return _share(tokens, parallel.shard(config.num_experts), config.num_experts)
     return tokens
 
@@ -164,7 +168,11 @@ def hit_probability(config: MoEConfig, parallel: Parallel) -> float:
     scores are distributed. That count is sampled from normal logits, with a fixed seed; given a group's count, its
     experts are any subset, so the rest is exact. The standard error is about 0.1 % of the result.
     """
-    shard, experts, k = parallel.shard(config.num_experts), config.num_experts, config.top_k
+    shard = parallel.shard(config.num_experts)
+    if _has_shared(config, shard):
+        return 1.0
+    config = routed_part(config)
+    experts, k = config.num_experts, config.top_k
     if config.topk_group == config.n_group:
         return 1 - math.comb(experts - len(shard), k) / math.comb(experts, k)
     size = experts // config.n_group
@@ -187,6 +195,10 @@ def _slots_by_group(config: MoEConfig) -> Tensor:
     return torch.nn.functional.one_hot(group, config.n_group).sum(1)
 
 
+def _has_shared(config: MoEConfig, shard: range) -> bool:
+    return shard.stop > config.num_routed_experts
+
+
 def _is_local(ids: Tensor, shard: range) -> Tensor:
     return (ids >= shard.start) & (ids < shard.stop)
 
@@ -201,12 +213,12 @@ def _compact(
 ) -> Tensor:
     """Ids [rows, k] in which rows stand for this rank's slots."""
     if not parallel.use_dp:
-        if distribution.law == "balanced":
+        if distribution.law == "balanced" and not config.num_fused_shared_experts:
             stride = max(1, min(config.num_experts // parallel.size, config.num_experts // config.top_k))
             return _strided(num_tokens, config.top_k, stride, config.num_experts)
         return draw(distribution, config, num_tokens, seed)
     tokens = kernel_rows(num_tokens, parallel)
-    if distribution.law not in ("balanced", "random"):
+    if distribution.law not in ("balanced", "random") or config.num_fused_shared_experts:
         return _packed(draw(distribution, config, tokens, seed), shard)
     rows, columns = _share(tokens, shard, config.num_experts), min(config.top_k, len(shard))
     if distribution.law == "balanced":

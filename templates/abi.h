@@ -6,15 +6,15 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 3
+#define MOE_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
 enum MoeError {
-  MOE_ERROR_BAD_VARIANT = -1,         // no such variant in this library
-  MOE_ERROR_WORKSPACE_TOO_SMALL = -2, // workspace_bytes < moe_fp8_block_workspace()
+  MOE_ERROR_BAD_VARIANT = -1,         // no such variant in this library, or one that reads other weights
+  MOE_ERROR_WORKSPACE_TOO_SMALL = -2, // workspace_bytes < moe_layer_workspace()
   MOE_ERROR_CANNOT_IMPLEMENT = -3,    // the kernel refuses the shape
   MOE_ERROR_BAD_ARGUMENT = -4,        // a combination that no kernel serves
 };
@@ -23,15 +23,31 @@ enum MoeError {
 enum MoeStage {
   MOE_STAGE_ROUTE = 1,      // router logits -> topk_ids, topk_weights
   MOE_STAGE_PERMUTE = 2,    // topk_ids -> rows grouped by local expert, and the GEMMs' group metadata
-  MOE_STAGE_GATHER = 4,     // hidden_states -> e4m3 rows grouped by expert, one fp32 scale per 1x128
-  MOE_STAGE_GEMM1 = 8,      // rows x gate_up
-  MOE_STAGE_ACTIVATION = 16,// SwiGLU, then e4m3 with one fp32 scale per 1x128
+  MOE_STAGE_GATHER = 4,     // hidden_states -> rows grouped by expert, in the layer's token encoding
+  MOE_STAGE_GEMM1 = 8,      // rows x gemm1_weights
+  MOE_STAGE_ACTIVATION = 16,// SwiGLU or relu^2, then the token encoding
   MOE_STAGE_GEMM2 = 32,     // rows x down
   MOE_STAGE_COMBINE = 64,   // sum over top_k of weight * row -> output
 };
 
-enum MoeRouting { MOE_ROUTING_RENORMALIZE = 1, MOE_ROUTING_DEEPSEEK_V3 = 2 };
-enum MoeDtype { MOE_DTYPE_BF16 = 0, MOE_DTYPE_F32 = 1, MOE_DTYPE_E4M3 = 2 };
+enum MoeRouting {
+  MOE_ROUTING_DEFAULT = 0,
+  MOE_ROUTING_RENORMALIZE = 1,
+  MOE_ROUTING_DEEPSEEK_V3 = 2,
+  MOE_ROUTING_LLAMA4 = 3,
+  MOE_ROUTING_RENORMALIZE_NAIVE = 4,
+  MOE_ROUTING_SIGMOID_RENORM = 6,
+  MOE_ROUTING_MINIMAX2 = 7,
+};
+enum MoeDtype { MOE_DTYPE_BF16 = 0, MOE_DTYPE_F32 = 1, MOE_DTYPE_E4M3 = 2, MOE_DTYPE_E2M1 = 3 }; // e2m1: two a byte, low nibble first
+enum MoeActivation { MOE_ACTIVATION_SWIGLU = 0, MOE_ACTIVATION_RELU2 = 1 };
+
+// Encodings of weights, each served by kernels of its own. Those of 4 bits and of bf16 multiply bf16 rows.
+enum MoeWeights { MOE_WEIGHTS_FP8_BLOCK = 0, MOE_WEIGHTS_MXFP4 = 1, MOE_WEIGHTS_NVFP4 = 2, MOE_WEIGHTS_BF16 = 3 };
+
+// Encodings of tokens and activations. fp8_block rows are e4m3 with one fp32 scale per 1x128. All others are stored as
+// the bf16 that their codes and block factors stand for, which is exact; see ops/token_formats.cuh.
+enum MoeTokens { MOE_TOKENS_FP8_BLOCK = 0, MOE_TOKENS_BF16 = 1, MOE_TOKENS_FP8 = 2, MOE_TOKENS_MXFP8 = 3, MOE_TOKENS_NVFP4 = 4 };
 
 // Scale layout of one group as CUTLASS' K-major Sm90BlockwiseScaleConfig stores it:
 // five of the layout's integers are dynamic. Held to CuTe by a static_assert and moe_variant.check_abi().
@@ -56,19 +72,27 @@ typedef struct MoeGroupMetadata {
   MoeScaleLayout* weight_scale_layout; // [L]
 } MoeGroupMetadata;
 
-// The same operands as whole arrays, which is all that a direct kernel needs.
+// Whose slot a row is, and what its result weighs in that token's output.
+typedef struct MoeRowOrigin {
+  int32_t token;
+  float weight;
+} MoeRowOrigin;
+
+// The same operands as whole arrays, which is all that other kernels than CUTLASS' need.
 typedef struct MoeGemmOperands {
-  void const* tokens;        // e4m3 [max_rows, k], grouped by local expert
-  float const* token_scales; // [max_rows, k/128]
-  void const* weights;       // e4m3 [L, n, k]
-  float const* weight_scales;// [L, n/128, k/128]
+  void const* tokens;        // grouped by local expert: e4m3 [max_rows, k], or bf16 where weights are not fp8_block
+  float const* token_scales; // [max_rows, k/128], or null
+  void const* weights;       // e4m3 [L, n, k], or packed as the variant reads them
+  float const* weight_scales;// [L, n/128, k/128]; where weights are not fp8_block [L], null: 1
   int32_t const* expert_offsets; // [L + 1], first row of each group
   void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, e4m3 [max_rows, n/2]
   float* output_scales;      // [max_rows, n/2/128] with SwiGLU
   int64_t max_rows;
-  int32_t gate_first;        // as in MoeFp8BlockLayer
+  int32_t gate_first;        // as in MoeLayer
   float clamp_limit;
   int32_t offsets_ready;     // expert_offsets are older than the kernel launched before this one
+  float const* bias;         // [L, n] or null; only where weights are not fp8_block
+  MoeRowOrigin const* row_origins; // [max_rows]; only for variants that gather or combine
 } MoeGemmOperands;
 
 typedef struct MoeGroupedGemm {
@@ -88,60 +112,77 @@ typedef struct MoeVariant {
   int32_t (*run)(MoeGroupedGemm const*);
   int32_t (*check_abi)(void); // 0 if MoeScaleLayout and the strides match CuTe's types; host only
   int32_t swiglu; // 1: GEMM1 only, with the activation in its epilogue; the layer then skips MOE_STAGE_ACTIVATION
+  int32_t weights; // MoeWeights that the kernel reads
+  int32_t gathers; // 1: GEMM1 only, and `tokens` are in the order in which they came in
+  int32_t combines;// 1: GEMM2 only, adds weighted rows to `output`, bf16 [T, n] of zeros, in no fixed order
 } MoeVariant;
 
-typedef struct MoeFp8BlockLayer {
+typedef struct MoeLayer {
   int32_t num_tokens, hidden_size, intermediate_size, num_experts, top_k;
   int32_t local_expert_offset, num_local_experts;
   int32_t stages;              // MoeStage bits
   int32_t gemm1_variant, gemm2_variant; // indices into moe_variant()
+  int32_t weights, tokens;     // MoeWeights, MoeTokens: fp8_block both or neither
   int32_t routing_method, n_group, topk_group;
+  int32_t num_fused_shared_experts; // the last of num_experts, which every token has in the last of its top_k slots
   float routed_scaling_factor;
+  int32_t activation;          // MoeActivation; relu^2 not with fp8_block
   float clamp_limit;           // <= 0: none
   int32_t gate_first;          // 1: gemm1_weights rows are [gate; up], 0: [up; gate]
-  int32_t hidden_states_dtype; // MoeDtype: bf16, or e4m3 with hidden_states_scale
+  int32_t hidden_states_dtype; // MoeDtype: bf16; e4m3, of nvfp4 tokens e2m1, where they are quantised already
+  float input_scale_inverse;   // bf16 hidden_states are multiplied by it before they are encoded; 1 for fp8_block
   int32_t routing_logits_dtype, routing_bias_dtype; // bf16 or f32
   int32_t sm_count;
-  int64_t scale_token_stride, scale_block_stride; // of hidden_states_scale, in floats
+  int64_t scale_token_stride, scale_block_stride; // of fp8_block's hidden_states_scale, in floats
   int64_t workspace_bytes;
-  void const* routing_logits;  // [T, E]
+  void const* routing_logits;  // [T, E], of the E experts that are not shared
   void const* routing_bias;    // [E] or null
   int32_t* topk_ids;           // [T, top_k]; written by ROUTE, read by PERMUTE; null: in the workspace
-  float* topk_weights;         // [T, top_k]; written by ROUTE, read by COMBINE; null: in the workspace
-  void const* hidden_states;   // [T, H]
-  float const* hidden_states_scale; // see the strides; null with bf16
-  void const* gemm1_weights;   // e4m3 [L, 2I, H]
-  float const* gemm1_weights_scale; // [L, 2I/128, H/128]
-  void const* gemm2_weights;   // e4m3 [L, H, I]
-  float const* gemm2_weights_scale; // [L, H/128, I/128]
+  float* topk_weights;         // [T, top_k]; written by ROUTE, read by COMBINE, under Llama4 by GATHER; null: in the workspace
+  void const* hidden_states;   // [T, H], of e2m1 [T, H/2] bytes
+  void const* hidden_states_scale; // of quantised ones: f32, see the strides; mxfp8 ue8m0 [T, H/32]; nvfp4 e4m3 [T, H/16]; else null
+  void const* gemm1_weights;   // e4m3 [L, N, H] with N = 2I, of relu^2 I; or packed as the variant reads them
+  float const* gemm1_weights_scale; // fp8_block: [L, 2I/128, H/128]; else null
+  void const* gemm2_weights;   // e4m3 [L, H, I], or packed
+  float const* gemm2_weights_scale; // fp8_block: [L, H/128, I/128]; else null
+  // One value a local expert, [L], and biases [L, N] and [L, H]; null: neutral. All null for fp8_block.
+  float const* gemm1_scale;    // of the rows' products with gemm1_weights
+  float const* gemm1_bias;
+  float const* alpha;          // SwiGLU is gate * sigmoid(alpha * gate) * (up + beta)
+  float const* beta;
+  float const* clamp;          // in place of clamp_limit
+  float const* activation_multiplier; // of the activation, before it is encoded
+  float const* gemm2_scale;
+  float const* gemm2_bias;
   void* output;                // bf16 [T, H]
   void* workspace;             // 256-byte aligned
   void* stream;
-} MoeFp8BlockLayer;
+} MoeLayer;
 
-// Byte offsets into the workspace.
-typedef struct MoeFp8BlockWorkspace {
+// Byte offsets into the workspace. Where tokens are not fp8_block, rows and activation are bf16, without scales.
+typedef struct MoeWorkspace {
   int64_t topk_ids;         // int32 [T, top_k], where the caller gave none
   int64_t topk_weights;     // f32 [T, top_k], likewise
   int64_t expert_offsets;   // int32 [L + 1], first row of each local expert
   int64_t permuted_row;     // int32 [T, top_k], row of a slot, -1 where the expert is remote
-  int64_t rows;             // e4m3 [T*top_k, H]
+  int64_t row_origins;      // MoeRowOrigin [T*top_k]
+  int64_t rows;             // e4m3 [T*top_k, H]; [T, H] where GEMM1's variant gathers
   int64_t row_scales;       // f32 [T*top_k, H/128]
-  int64_t gemm1_output;     // bf16 [T*top_k, 2I]
+  int64_t gemm1_output;     // bf16 [T*top_k, N]
   int64_t activation;       // e4m3 [T*top_k, I]
   int64_t activation_scales;// f32 [T*top_k, I/128]
   int64_t gemm2_output;     // bf16 [T*top_k, H]
   int64_t metadata;         // two GEMMs' MoeGroupMetadata arrays
   int64_t gemm_workspace;   // tensormaps
   int64_t total_bytes;
-} MoeFp8BlockWorkspace;
+} MoeWorkspace;
 
 int32_t moe_abi_version(void);
 char const* moe_library_hash(void);
 int32_t moe_variant_count(void);
 MoeVariant const* moe_variant(int32_t index);
-int32_t moe_fp8_block_workspace(MoeFp8BlockLayer const* layer, MoeFp8BlockWorkspace* workspace);
-int32_t moe_fp8_block_layer(MoeFp8BlockLayer const* layer);
+int32_t moe_layer_workspace(MoeLayer const* layer, MoeWorkspace* workspace);
+int32_t moe_layer(MoeLayer const* layer);
 char const* moe_error_string(int32_t code);
 
 #ifdef __cplusplus

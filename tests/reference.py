@@ -54,24 +54,39 @@ def quantise(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.floa
 def route(config: MoEConfig, logits: Tensor, bias: Tensor | None = None) -> tuple[list[list[int]], Array]:
     """Ids and weights of each token; choices on float32 scores, weights in float64."""
     ids, weights = [], []
-    is_deepseek = config.routing_method == RoutingMethod.DeepSeekV3
+    method = config.routing_method
+    by_sigmoid = method in (RoutingMethod.DeepSeekV3, RoutingMethod.SigmoidRenorm, RoutingMethod.MiniMax2)
     for row in logits.float():
-        scores = (row.sigmoid() if is_deepseek else row).numpy()
+        scores = (row.sigmoid() if by_sigmoid else row).numpy()
         choice = scores if bias is None else scores + bias.float().numpy()
-        candidates = _best_groups(config, choice) if is_deepseek else list(range(config.num_experts))
-        chosen = sorted(candidates, key=lambda e: (-choice[e], e))[: config.top_k]
-        ids.append(chosen)
-        picked = scores[chosen].astype(np.float64)
-        if is_deepseek:
-            weights.append(picked / (picked.sum() + 1e-20) * config.routed_scaling_factor)
-        else:
-            exponentials = np.exp(picked - picked.max())
-            weights.append(exponentials / exponentials.sum())
-    return ids, np.array(weights).reshape(len(ids), config.top_k)
+        grouped = method == RoutingMethod.DeepSeekV3
+        candidates = _best_groups(config, choice) if grouped else list(range(len(choice)))
+        shared = list(range(len(choice), config.num_experts))
+        chosen = sorted(candidates, key=lambda e: (-choice[e], e))[: config.top_k - len(shared)]
+        ids.append(chosen + shared)
+        exact = row.double().numpy()
+        sigmoids, exponentials = 1 / (1 + np.exp(-exact)), np.exp(exact - exact.max())
+        softmax = exponentials / exponentials.sum()
+        match method:
+            case RoutingMethod.Default:
+                weights.append(softmax[chosen])
+            case RoutingMethod.RenormalizeNaive:
+                weights.append(softmax[chosen] / softmax[chosen].sum())
+            case RoutingMethod.Renormalize:
+                exponentials = np.exp(exact[chosen] - exact[chosen].max())
+                weights.append(exponentials / exponentials.sum())
+            case RoutingMethod.Llama4:
+                weights.append(sigmoids[chosen])
+            case RoutingMethod.SigmoidRenorm | RoutingMethod.MiniMax2:
+                weights.append(sigmoids[chosen] / (sigmoids[chosen].sum() + 1e-20))
+            case RoutingMethod.DeepSeekV3:
+                weights.append(sigmoids[chosen] / (sigmoids[chosen].sum() + 1e-20) * config.routed_scaling_factor)
+    routed = np.array(weights).reshape(len(ids), config.routed_top_k)
+    return ids, np.pad(routed, ((0, 0), (0, config.num_fused_shared_experts)), constant_values=1.0)
 
 
 def _best_groups(config: MoEConfig, choice: NDArray[np.float32]) -> list[int]:
-    size = config.num_experts // config.n_group
+    size = len(choice) // config.n_group
     groups = [list(range(g * size, (g + 1) * size)) for g in range(config.n_group)]
     score = []
     for group in groups:

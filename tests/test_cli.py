@@ -11,6 +11,7 @@ from moe_runtime import cli, machine
 from moe_runtime.cli_options import parse_seconds
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument
+from moe_runtime.formats import FORMATS
 from moe_runtime.tuning import Plan
 
 SMALL = ["--model", "qwen3-30b", "--scale", "8", "--device", "cpu"]
@@ -48,6 +49,25 @@ def test_tune_writes_a_plan(plan_path: Path) -> None:
     plan = Plan.load(plan_path)
     assert plan.complete and [entry.bucket for entry in plan.entries] == [1, 2, 4]
     assert (plan.key.regime, plan.key.size, plan.key.hidden_size, plan.key.device) == ("dep", 2, 256, "cpu")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tune_and_run_in_a_format(moe_runtime: Any, tmp_path: Path, format: str) -> None:
+    path, layout = tmp_path / "plan.json", ["--parallel", "ep4", "--format", format]
+    assert moe_runtime("tune", *SMALL, *layout, "--max-tokens", "1", "-o", str(path)).code == 0
+    assert Plan.load(path).key.format == format
+    result = moe_runtime("run", *SMALL, *layout, "--tokens", "2", "--plan", str(path), "--json")
+    assert result.code == 0 and json.loads(result.out)["error"] <= 1e-2
+    other = "bf16" if format != "bf16" else "nvfp4"
+    result = moe_runtime("run", *SMALL, "--parallel", "ep4", "--format", other, "--tokens", "2", "--plan", str(path))
+    assert result.code == 2 and f"format {format}" in result.err
+
+
+def test_a_preset_has_its_format(moe_runtime: Any) -> None:
+    scaled = ["--model", "gpt-oss-20b", "--scale", "16", "--device", "cpu", "--parallel", "ep4", "--tokens", "1"]
+    assert "bf16_mxfp4" in moe_runtime("run", *scaled).out
+    result = moe_runtime("run", "--model", "gpt-oss-20b", "--format", "fp8_block", *scaled[2:])
+    assert result.code == 2 and "hidden_size: got 2880; accepted: a multiple of 128 for fp8_block" in result.err
 
 
 def test_tune_prints_the_plan_as_json(moe_runtime: Any, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from codegen.cutlass import EpilogueScheduleType as Epilogue
 from codegen.cutlass import KernelScheduleTag
 from codegen.cutlass import KernelScheduleType as Kernel
 from codegen.errors import BuildError
-from codegen.variant import Shape, Variant
+from codegen.variant import Ends, Shape, Variant
+from moe_runtime.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 COOPERATIVE = Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative
@@ -29,6 +30,8 @@ PINGPONG = Kernel.PtrArrayBlockwiseTmaWarpSpecializedPingpong
 ONE_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized1SmSm100
 TWO_SM = Kernel.PtrArrayBlockwiseTmaWarpSpecialized2SmSm100
 NVFP4 = Kernel.PtrArrayNvf4TmaWarpSpecialized1SmSm100
+MXFP4 = Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized1SmSm100
+MXFP4_TWO_SM = Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100
 SM120 = Kernel.PtrArrayTmaWarpSpecializedCooperative
 
 
@@ -40,10 +43,15 @@ def direct(m: int, n: int, schedule: Kernel = COOPERATIVE, **options) -> Variant
     return entry("sm_90a", "fp8_block", (m, n, 128), schedule, "", family="direct", **options).variant
 
 
+def mixed(m: int, n: int, k: int = 128, *, format: str = "mxfp4", swap_ab=True, **options) -> Variant:
+    return entry("sm_90a", format, (m, n, k), SM120, "", family="mixed", swap_ab=swap_ab, **options).variant
+
+
 def blackwell(arch: str, format: str, m: int, n: int, k: int, schedule: Kernel, cluster=(1, 1)) -> Variant:
     return entry(arch, format, (m, n, k), schedule, "", cluster=cluster).variant
 
 
+FP8_NVFP4 = dataclasses.replace(blackwell("sm_100a", "mxfp8_mxfp4", 128, 128, 128, MXFP4), format="fp8_nvfp4")
 BAD = [
     (rules.schedule_belongs_to_format, dataclasses.replace(sm90(128, 128), schedule=NVFP4), "no collective"),
     (rules.schedule_belongs_to_format, dataclasses.replace(sm90(128, 128), format="nvfp4"), "no collective"),
@@ -53,8 +61,11 @@ BAD = [
         "PtrArrayTmaWarpSpecializedPingpong",
     ),
     (rules.k_tile_is_one_scale_block, sm90(128, 128, k=256), "not 256"),
-    (rules.nvfp4_k_tile, blackwell("sm_100a", "nvfp4", 128, 64, 128, NVFP4), "not 128"),
-    (rules.nvfp4_k_tile, blackwell("sm_120a", "nvfp4", 128, 128, 256, SM120), "two of 256"),
+    (rules.schedule_belongs_to_format, FP8_NVFP4, "static_assert"),
+    (rules.block_scaled_k_tile, blackwell("sm_100a", "nvfp4", 128, 64, 128, NVFP4), "not 128"),
+    (rules.block_scaled_k_tile, blackwell("sm_120a", "nvfp4", 128, 128, 256, SM120), "two of 256"),
+    (rules.block_scaled_k_tile, blackwell("sm_100a", "mxfp8_mxfp4", 128, 64, 256, MXFP4), "not tile k 256"),
+    (rules.block_scaled_k_tile, blackwell("sm_120a", "mxfp8_mxfp4", 128, 128, 64, SM120), "not tile k 64"),
     (rules.weight_tile_is_whole_scale_blocks, sm90(64, 16, PINGPONG, swap_ab=True), "(64)"),
     (rules.weight_tile_is_whole_scale_blocks, sm90(128, 64), "(64)"),
     (rules.unswapped_weight_tile_is_one_scale_block, sm90(128, 256), "not 256"),
@@ -69,10 +80,12 @@ BAD = [
     (rules.small_token_tile_has_no_token_cluster, sm90(64, 128, PINGPONG, cluster=(2, 1)), "token tile of 64"),
     (rules.two_sm_has_a_pair, blackwell("sm_100a", "fp8_block", 256, 128, 128, TWO_SM), "got 1, 256"),
     (rules.two_sm_has_a_pair, blackwell("sm_100a", "fp8_block", 128, 128, 128, TWO_SM, (2, 1)), "got 2, 128"),
+    (rules.two_sm_has_a_pair, blackwell("sm_100a", "mxfp8_mxfp4", 256, 128, 128, MXFP4_TWO_SM), "got 1, 256"),
     (rules.one_sm_rows, blackwell("sm_100a", "fp8_block", 256, 128, 128, ONE_SM), "not 256"),
     (rules.scale_copy_is_unmasked, blackwell("sm_100a", "fp8_block", 128, 16, 128, ONE_SM), "128x16"),
-    (rules.sm100_nvfp4_columns, blackwell("sm_100a", "nvfp4", 128, 32, 256, NVFP4), "got 32"),
-    (rules.sm100_nvfp4_columns, blackwell("sm_100a", "nvfp4", 128, 256, 256, NVFP4), "got 256"),
+    (rules.sm100_block_scaled_columns, blackwell("sm_100a", "nvfp4", 128, 32, 256, NVFP4), "got 32"),
+    (rules.sm100_block_scaled_columns, blackwell("sm_100a", "nvfp4", 128, 256, 256, NVFP4), "got 256"),
+    (rules.sm100_block_scaled_columns, blackwell("sm_100a", "mxfp8_mxfp4", 128, 32, 128, MXFP4), "got 32"),
     (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 128, 32, 128, SM120), "128x32"),
     (rules.sm120_whole_scale_atoms, blackwell("sm_120a", "nvfp4", 64, 128, 128, SM120), "64x128"),
     (rules.sm120_has_no_cluster, blackwell("sm_120a", "nvfp4", 128, 128, 128, SM120, (2, 1)), "2x1x1"),
@@ -91,9 +104,36 @@ BAD = [
     (rules.direct_unswapped_tile, direct(128, 64), "not 128x64"),
     (rules.direct_has_no_cluster, direct(128, 128, cluster=(1, 2)), "not 1x2x1"),
     (rules.direct_has_no_cluster, direct(128, 16, cluster=(2, 1), swap_ab=True), "not 2x1x1"),
-    (rules.swiglu_has_whole_scale_blocks, dataclasses.replace(sm90(256, 16, swap_ab=True), swiglu=True), "collectives"),
-    (rules.swiglu_has_whole_scale_blocks, direct(128, 16, swap_ab=True, swiglu=True), "not 128"),
-    (rules.swiglu_has_whole_scale_blocks, direct(128, 128, swiglu=True), "256 weights: not 128"),
+    (rules.direct_has_no_cluster, mixed(128, 16, cluster=(1, 2)), "not 1x2x1"),
+    (
+        rules.mixed_is_what_reads_packed_weights,
+        dataclasses.replace(direct(128, 16, swap_ab=True), family="mixed"),
+        "mixed, fp8_block, sm_90a",
+    ),
+    (
+        rules.mixed_is_what_reads_packed_weights,
+        dataclasses.replace(mixed(128, 16, format="nvfp4"), family="collective"),
+        "collective, nvfp4, sm_90a",
+    ),
+    (
+        rules.mixed_is_what_reads_packed_weights,
+        dataclasses.replace(blackwell("sm_100a", "nvfp4", 128, 128, 256, NVFP4), family="mixed"),
+        "mixed, nvfp4, sm_100a",
+    ),
+    (rules.mixed_tile, mixed(128, 128, swap_ab=False), "swapped"),
+    (rules.mixed_tile, mixed(256, 16), "not 256x16"),
+    (rules.mixed_tile, mixed(128, 320), "not 128x320"),
+    (rules.mixed_tile, mixed(128, 16, 256), "not 256"),
+    (rules.swiglu_has_whole_scale_blocks, mixed(128, 16, ends="swiglu"), "mixed kernels"),
+    (
+        rules.swiglu_has_whole_scale_blocks,
+        dataclasses.replace(sm90(256, 16, swap_ab=True), ends="swiglu"),
+        "collectives",
+    ),
+    (rules.swiglu_has_whole_scale_blocks, mixed(128, 16, ends="gather_swiglu"), "mixed kernels"),
+    (rules.swiglu_has_whole_scale_blocks, direct(128, 16, swap_ab=True, ends="swiglu"), "not 128"),
+    (rules.swiglu_has_whole_scale_blocks, direct(128, 128, ends="swiglu"), "256 weights: not 128"),
+    (rules.swiglu_has_whole_scale_blocks, direct(128, 16, swap_ab=True, ends="gather_swiglu"), "not 128"),
 ]
 
 
@@ -107,6 +147,7 @@ def test_every_rule_has_a_bad_variant():
     assert {rule for rule, _, _ in BAD} == set(rules.RULES)
 
 
+TWINS: tuple[Ends, ...] = ("plain", "combine")
 # What compiled without spills and gave right results, and what did not, as measured with nvcc 13.0.88.
 GOOD_TILES = [
     *(sm90(128, 128, cluster=cluster) for cluster in ((1, 1), (1, 2), (2, 1))),
@@ -114,11 +155,18 @@ GOOD_TILES = [
     *(sm90(128, n, swap_ab=True) for n in (8, 16, 32, 64, 96)),
     *(sm90(128, n, PINGPONG, swap_ab=True) for n in (16, 32, 64)),
     *(sm90(256, n, swap_ab=True) for n in (32, 64)),
-    *(direct(128, n) for n in (128, 256)),
-    direct(128, 256, swiglu=True),
-    *(direct(128, n, swap_ab=True) for n in (8, 16, 32, 64)),
-    *(direct(256, n, swap_ab=True) for n in (32, 64)),
-    *(direct(256, n, swap_ab=True, swiglu=True) for n in (16, 32, 64)),
+    *(direct(128, n, ends=ends) for n in (128, 256) for ends in TWINS),
+    direct(128, 256, ends="swiglu"),
+    *(direct(128, n, swap_ab=True, ends=ends) for n in (8, 16, 32, 64) for ends in TWINS),
+    *(direct(256, n, swap_ab=True, ends=ends) for n in (32, 64) for ends in TWINS),
+    *(direct(256, n, swap_ab=True, ends="swiglu") for n in (16, 32, 64)),
+    *(direct(256, n, swap_ab=True, ends="gather_swiglu") for n in (16, 32)),
+    *(
+        mixed(128, n, k, format=weights, ends=ends)
+        for weights, wide_k in (("mxfp4", 128), ("nvfp4", 128), ("bf16", 64))
+        for n, k in ((8, 128), (16, 128), (32, 128), (64, 128), (128, wide_k), (256, 64))
+        for ends in TWINS
+    ),
     sm90(128, 16, cluster=(2, 1), swap_ab=True),
 ]
 BAD_TILES = [
@@ -126,7 +174,8 @@ BAD_TILES = [
     *(sm90(m, n, swap_ab=True) for m, n in ((128, 192), (64, 32), (64, 16), (128, 24), (128, 48))),
     *(sm90(m, n, PINGPONG) for m, n in ((128, 128), (64, 256))),
     *(direct(m, n) for m, n in ((256, 128), (128, 192), (64, 128))),
-    *(direct(256, n, swap_ab=True, swiglu=True) for n in (24, 128)),
+    *(direct(256, n, swap_ab=True, ends="swiglu") for n in (24, 128)),
+    mixed(128, 24),
 ]
 
 
@@ -159,8 +208,9 @@ def test_name_is_an_identifier_that_tells_the_fields(item):
     v = item.variant
     assert re.fullmatch(r"sm\d+a_[a-z0-9_]+", v.name)
     assert f"_{v.tile.m}x{v.tile.n}x{v.tile.k}_{v.cluster.m}x{v.cluster.n}x1_" in v.name
-    assert re.search(r"(_swap_ab)?(_swiglu)?$", v.name)[0] == "_swap_ab" * v.swap_ab + "_swiglu" * v.swiglu
-    assert ("_direct_" in v.name) == (v.family == "direct")
+    options = re.search(r"(?:_swap_ab)?(?:_swiglu|_gather_swiglu|_combine)?$", v.name)[0]
+    assert options == "_swap_ab" * v.swap_ab + f"_{v.ends}" * (v.ends != "plain")
+    assert ("_direct_" in v.name, "_mixed_" in v.name) == (v.family == "direct", v.family == "mixed")
     assert ("pingpong" in v.name) == ("Pingpong" in v.schedule.name)
 
 
@@ -168,7 +218,12 @@ def test_name_example():
     name = "sm90a_fp8_block_128x16x128_1x1x1_warpspecialized_cooperative_swap_ab"
     assert sm90(128, 16, swap_ab=True).name == name
     name = "sm90a_fp8_block_direct_256x16x128_1x1x1_warpspecialized_cooperative_swap_ab_swiglu"
-    assert direct(256, 16, swap_ab=True, swiglu=True).name == name
+    assert direct(256, 16, swap_ab=True, ends="swiglu").name == name
+    gathers = direct(256, 16, swap_ab=True, ends="gather_swiglu")
+    assert gathers.name == name.replace("_swiglu", "_gather_swiglu")
+    assert direct(128, 256, ends="combine").name == direct(128, 256).name + "_combine"
+    name = "sm90a_nvfp4_mixed_128x256x64_1x1x1_warpspecialized_cooperative_swap_ab"
+    assert mixed(128, 256, 64, format="nvfp4").name == name
 
 
 @pytest.mark.parametrize("item", select("sm_90a"), ids=lambda item: item.variant.name)
@@ -182,11 +237,56 @@ def test_a_library_holds_no_yardsticks_by_default(arch):
     assert (default_entries(arch) == select(arch)) == (arch != "sm_90a")
 
 
-@pytest.mark.parametrize("swiglu", [False, True])
-def test_a_library_serves_few_rows_and_many_with_and_without_the_activation(swiglu):
-    fitting = [item.variant for item in default_entries("sm_90a") if item.variant.swiglu == swiglu]
+@pytest.mark.parametrize("ends", ["plain", "swiglu", "combine"])
+def test_a_library_serves_few_rows_and_many_whatever_it_does_beside_the_product(ends):
+    variants = [item.variant for item in default_entries("sm_90a") if item.variant.format == "fp8_block"]
+    fitting = [v for v in variants if v.ends == ends]
     assert {v.swap_ab for v in fitting} == {False, True}
     assert {v.family for v in fitting} == {"direct"}
+
+
+@pytest.mark.parametrize(
+    ("ends", "swiglu", "gathers", "combines"),
+    [
+        ("plain", False, False, False),
+        ("swiglu", True, False, False),
+        ("gather_swiglu", True, True, False),
+        ("combine", False, False, True),
+    ],
+)
+def test_what_the_ends_of_a_variant_are(ends, swiglu, gathers, combines):
+    v = direct(256, 32, swap_ab=True, ends=ends)
+    assert (v.swiglu, v.gathers, v.combines) == (swiglu, gathers, combines)
+    assert {name: v.record()[name] for name in ("swiglu", "gathers", "combines")} == {
+        "swiglu": swiglu, "gathers": gathers, "combines": combines,
+    }  # fmt: skip
+
+
+VARIANTS = {item.variant for item in CATALOGUE}
+
+
+@pytest.mark.parametrize("v", [v for v in sorted(VARIANTS, key=lambda v: v.name) if v.combines], ids=lambda v: v.name)
+def test_what_combines_has_a_twin_that_leaves_rows(v):
+    """Callers that want rows, or results that repeat bit by bit, are served by it."""
+    assert dataclasses.replace(v, ends="plain") in VARIANTS
+
+
+@pytest.mark.parametrize("v", [v for v in sorted(VARIANTS, key=lambda v: v.name) if v.gathers], ids=lambda v: v.name)
+def test_what_gathers_has_a_twin_that_reads_rows_in_order(v):
+    assert dataclasses.replace(v, ends="swiglu") in VARIANTS
+
+
+def test_every_kernel_of_our_own_that_leaves_rows_has_a_twin_that_combines():
+    plain = {v for v in VARIANTS if v.ends == "plain" and v.family != "collective"}
+    assert {dataclasses.replace(v, ends="combine") for v in plain} == {v for v in VARIANTS if v.combines} != set()
+
+
+# C++ types of tokens and weights in CUTLASS' collectives.
+OPERANDS = {
+    "fp8_block": ("cutlass::float_e4m3_t", "cutlass::float_e4m3_t"),
+    "nvfp4": ("cutlass::nv_float4_t<cutlass::float_e2m1_t>", "cutlass::nv_float4_t<cutlass::float_e2m1_t>"),
+    "mxfp8_mxfp4": ("cutlass::mx_float8_t<cutlass::float_e4m3_t>", "cutlass::mx_float4_t<cutlass::float_e2m1_t>"),
+}
 
 
 @pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.variant.name)
@@ -197,14 +297,32 @@ def test_source_says_what_the_variant_is(item):
         assert KernelScheduleTag[v.schedule] in text
         assert f"Shape<_{v.tile.m}, _{v.tile.n}, _{v.tile.k}>" in text
         assert f"Shape<_{v.cluster.m}, _{v.cluster.n}, _1>" in text
+        a, b = reversed(OPERANDS[v.format]) if v.swap_ab else OPERANDS[v.format]
+        assert f"using ElementA = {a};\nusing ElementB = {b};\n" in text
+    elif v.family == "mixed":
+        assert f"MMA_64x{v.tile.n}x16_F32BF16BF16_RS<" in text
+        ends = {"plain": "Plain", "combine": "Combine"}[v.ends]
+        config = f"moe::mixed::{v.format.capitalize()}, Mma, {v.tile.n}, {v.tile.k}, moe::direct::{ends}"
+        assert f"Config<{config}>" in text
+        assert f"{v.tile.m}, {v.tile.n}, {v.tile.k}, 1, 1, true," in text
+        combines = str(v.ends == "combine").lower()
+        told = f"&Launch::check_abi, false, MOE_WEIGHTS_{v.format.upper()},\n    false, {combines},\n}};\n"
+        assert text.endswith(told)
     else:
         tokens, weights = reversed((v.tile.m, v.tile.n)) if v.swap_ab else (v.tile.m, v.tile.n)
         columns = tokens if v.swap_ab else 128
         assert f"MMA_64x{columns}x32_F32E4M3E4M3_SS_TN<>" in text
-        options = f"{v.swap_ab}, {v.swiglu}".lower()
-        assert f"Config<Mma, {tokens}, {weights}, {options}>" in text
+        ends, flags = {
+            "plain": ("Plain", (False, False, False)),
+            "swiglu": ("Swiglu", (True, False, False)),
+            "gather_swiglu": ("GatherSwiglu", (True, True, False)),
+            "combine": ("Combine", (False, False, True)),
+        }[v.ends]
+        swiglu, gathers, combines = (str(flag).lower() for flag in flags)
+        assert f"Config<Mma, {tokens}, {weights}, {str(v.swap_ab).lower()}, moe::direct::{ends}>" in text
         extents = f"{v.tile.m}, {v.tile.n}, {v.tile.k}, {v.cluster.m}, {v.cluster.n}, {v.swap_ab},".lower()
-        assert extents in text and text.endswith(f"&Launch::check_abi, {str(v.swiglu).lower()},\n}};\n")
+        told = f"&Launch::check_abi, {swiglu}, MOE_WEIGHTS_FP8_BLOCK,\n    {gathers}, {combines},\n}};\n"
+        assert extents in text and text.endswith(told)
     assert f"const {v.name} = {{" in text
     assert "{{" not in text and "{%" not in text
 
@@ -259,6 +377,12 @@ def test_template_errors_name_the_template(tmp_path, monkeypatch):
         emit.render(ARCHES["sm_90a"], select("sm_90a")[:1])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_has_kernels_on_blackwell_or_a_reason_why_not(format):
+    assert bool(select("sm_100a", format)) != (format in rules.NOT_ON_BLACKWELL)
+    assert (f"- `{format}`: " in markdown()) == (format in rules.NOT_ON_BLACKWELL)
+
+
 def test_catalogue_document_is_fresh():
     """`python -m codegen emit` rewrites it."""
     assert (ROOT / "generated" / "CATALOGUE.md").read_text() == markdown()
@@ -284,6 +408,8 @@ def test_list_json():
         "schedule": "PtrArrayBlockwiseTmaWarpSpecializedCooperative",
         "swap_ab": True,
         "swiglu": False,
+        "gathers": False,
+        "combines": False,
         "stages": "auto",
     }
     fused = next(v for v in listed if v["swiglu"] and v["tile"] == [256, 16, 128])
@@ -292,7 +418,7 @@ def test_list_json():
 
 @pytest.mark.parametrize(
     ("arguments", "count"),
-    [(("--arch", "sm_90a"), 26), (("--format", "nvfp4"), 4), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
+    [(("--arch", "sm_90a"), 72), (("--format", "nvfp4"), 17), (("--arch", "sm_100a", "--format", "fp8_block"), 5)],
 )
 def test_list_filters(arguments, count):
     assert len(json.loads(run("list", "--json", *arguments).stdout)) == count

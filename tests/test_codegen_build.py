@@ -31,7 +31,7 @@ from . import fake_nvcc
 
 SM90 = ARCHES["sm_90a"]
 ENTRIES = (
-    *select("sm_90a", only="direct_256x16x128*_swiglu"),
+    *select("sm_90a", only="direct_256x16x128*_gather_swiglu"),
     *select("sm_90a", only="fp8_block_128x16x128*cooperative_swap_ab"),
 )
 DIRECT, COLLECTIVE_NAME = (item.variant.name for item in ENTRIES)
@@ -56,16 +56,16 @@ static int32_t check_abi(void) { return kAnswer; }
 extern "C" MoeVariant const {{ v.name }};
 extern "C" MoeVariant const {{ v.name }} = {"{{ v.name }}", {{ v.tile.m }}, {{ v.tile.n }}, {{ v.tile.k }},
   {{ v.cluster.m }}, {{ v.cluster.n }}, {{ v.swap_ab | int }}, 7, 229376, 384, &run, &check_abi,
-  {{ v.swiglu | int }}};
+  {{ v.swiglu | int }}, MOE_WEIGHTS_FP8_BLOCK, {{ v.gathers | int }}, {{ v.combines | int }}};
 """
 
 
 def stand_ins(templates: Path) -> None:
-    """Put a small template of either family into `templates`; both sources tell of themselves and compute nothing."""
-    for family in ("collective", "direct"):
+    """Put a small template of each family into `templates`; their sources tell of themselves and compute nothing."""
+    for family, name in (("collective", "fp8_block"), ("direct", "fp8_block"), ("mixed", "grouped_gemm")):
         folder = templates / family
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "fp8_block.cu.j2").write_text(kernel(family))
+        (folder / f"{name}.cu.j2").write_text(kernel(family))
         (folder / "launch.cuh").write_text("constexpr int kAnswer = 0;\n")
 
 
@@ -115,7 +115,8 @@ def test_library_holds_the_selected_variants(tree):
     entries = (*ENTRIES, *select("sm_90a", only="direct_128x8x128"))
     result = tree.build(entries)
     variants = library_variants(result.library)
-    assert [told.swiglu for told in variants.values()] == [1, 0, 0]
+    told_ends = [(told.swiglu, told.gathers, told.combines) for told in variants.values()]
+    assert told_ends == [(1, 1, 0), (0, 0, 0), (0, 0, 0), (0, 0, 1)]
     assert list(variants) == [item.variant.name for item in entries]
     for item in entries:
         told, v = variants[item.variant.name], item.variant
@@ -125,7 +126,7 @@ def test_library_holds_the_selected_variants(tree):
     library.moe_library_hash.restype = ctypes.c_char_p
     assert library.moe_library_hash().decode() == result.library_hash
     library.moe_variant.restype = ctypes.c_void_p
-    assert library.moe_variant(-1) is None and library.moe_variant(3) is None
+    assert library.moe_variant(-1) is None and library.moe_variant(len(entries)) is None
 
 
 def test_manifest_records_each_kernel(tree):

@@ -4,25 +4,30 @@ A cold object cache makes this some minutes on two cores; a warm one, seconds.
 """
 
 import ctypes
+import os
 import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from codegen.arch import ARCHES
-from codegen.build import FLAGS, Build, build, library_variants, read_manifest
+from codegen.build import FLAGS, Build, LibraryVariant, build, library_variants, read_manifest
 from codegen.catalogue import Entry, select
 from codegen.emit import include_folders
 from codegen.errors import ToolchainMissing
 from codegen.files import TEMPLATES, cache_folder
 from codegen.objects import ObjectCache
 from codegen.toolchain import NVCC_PACKAGES, Toolchain, find_toolchain
+from moe_runtime.formats import FORMATS
 from moe_runtime.kernels import KernelLibrary
 
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
 OPS = {path.stem for path in (TEMPLATES / "ops").glob("*.cu")}
+WEIGHTS = {"fp8_block": 0, "mxfp4": 1, "nvfp4": 2, "bf16": 3}  # MoeWeights
 SM90_SHARED_MEMORY = 227 * 1024  # what one thread block may have
 
 
@@ -35,14 +40,34 @@ def chosen(arch: str, *patterns: str) -> tuple[Entry, ...]:
 SUBSET = {
     "sm_90a": chosen(
         "sm_90a",
-        "direct_128x128x128_1x1x1_*cooperative",
-        "direct_256x16x128_1x1x1_*_swiglu",
+        "direct_128x128x128_1x1x1_*_combine",
+        "direct_256x16x128_1x1x1_*_gather_swiglu",
         "fp8_block_128x16x128_1x1x1_*cooperative_swap_ab",
+        "mxfp4_mixed_128x256x64_1x1x1_*_combine",
     ),
-    "sm_100a": chosen("sm_100a", "fp8_block_256x128x128_2x1x1_2sm_swap_ab", "nvfp4_128x64x256"),
-    "sm_120a": chosen("sm_120a", "nvfp4*cooperative"),
+    # Between them, on Blackwell: every format, one and two thread blocks an instruction, either operand order.
+    "sm_100a": chosen(
+        "sm_100a", "fp8_block_256x128x128_2x1x1_2sm_swap_ab", "_nvfp4_256x128x256", "mxfp8_mxfp4_128x64x128"
+    ),
+    "sm_120a": chosen("sm_120a", "mxfp8_mxfp4"),
 }
-DIRECT = [entry.variant for entry in SUBSET["sm_90a"] if entry.variant.family == "direct"]
+OWN = [entry.variant for entry in SUBSET["sm_90a"] if entry.variant.family != "collective"]
+OPERANDS = {"direct": "k32.f32.e4m3.e4m3", "mixed": "k16.f32.bf16.bf16"}
+# SASS of PTX' tcgen05.mma (its descriptors, its operands in tensor memory, factors last) and mma.sync, less registers:
+# kinds f8f6f4, mxf4nvf4 and mxf8f6f4. {pair} is for two thread blocks.
+MULTIPLICATIONS = {
+    ("sm_100a", "fp8_block"): "UTCQMMA{pair} gdesc gdesc tmem tmem idesc",
+    ("sm_100a", "nvfp4"): "UTCOMMA{pair}.4X gdesc gdesc tmem tmem idesc tmem",
+    ("sm_100a", "mxfp8_mxfp4"): "UTCQMMA{pair} gdesc gdesc tmem tmem idesc tmem",
+    ("sm_120a", "mxfp8_mxfp4"): "QMMA.SF.16832.F32.E4M3.E2M1.E8",
+}
+DISASSEMBLER = ("nvidia-cuda-cuobjdump==13.4.92", "nvidia-cuda-nvdisasm==13.4.92")
+
+
+class BlockScaledVariant(ctypes.Structure):
+    """MoeBlockScaledVariant of templates/abi_block_scaled.h: begins as MoeVariant does."""
+
+    _fields_ = [*LibraryVariant._fields_[:12], ("weights", ctypes.c_int32), ("tokens", ctypes.c_int32)]
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +93,30 @@ def sm90(toolchain, tmp_path_factory) -> Build:
     return build(ARCHES["sm_90a"], SUBSET["sm_90a"], tmp_path_factory.mktemp("library"), toolchain=toolchain)
 
 
+@pytest.fixture(scope="session", params=["sm_100a", "sm_120a"])
+def blackwell(request, toolchain, tmp_path_factory) -> Build:
+    return build(ARCHES[request.param], SUBSET[request.param], tmp_path_factory.mktemp("objects"), toolchain=toolchain)
+
+
+@pytest.fixture(scope="session")
+def cuobjdump(toolchain) -> str:
+    """Comes with a CUDA toolkit, and from PyPI apart from nvcc; needs nvdisasm beside it."""
+
+    def find() -> str | None:
+        folders = [toolchain.nvcc.path.parent, *(bin for path in sys.path for bin in Path(path).glob("nvidia/cu*/bin"))]
+        return shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+
+    if find() is None:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *DISASSEMBLER], check=False)
+    return find() or pytest.skip("no cuobjdump, and installing it failed")
+
+
+def objects(built: Build) -> list[tuple[Entry, Path]]:
+    """The GEMMs of a build, and the object of each."""
+    cache, keys = ObjectCache(cache_folder()), {kernel.name: kernel.key for kernel in built.kernels}
+    return [(entry, cache.object(keys[entry.variant.name])) for entry in SUBSET[built.arch.name]]
+
+
 def test_every_unit_has_an_object(built):
     cache = ObjectCache(cache_folder())
     assert all(cache.object(kernel.key).stat().st_size > 0 for kernel in built.kernels)
@@ -84,45 +133,73 @@ def test_no_kernel_spills_unless_allowed(built):
 
 def test_registers_were_told_for_every_kernel(built):
     names = {entry.variant.name for entry in SUBSET[built.arch.name]}
-    gemms = [kernel for kernel in built.kernels if kernel.kind in ("collective", "direct")]
+    gemms = [kernel for kernel in built.kernels if kernel.kind in ("collective", "direct", "mixed")]
     assert {kernel.name for kernel in gemms} == names
     for kernel in gemms:
         assert 0 < kernel.registers <= 255
         assert kernel.compile_seconds > 0
 
 
-def test_direct_kernels_are_quick_to_compile_and_spill_nothing(sm90):
-    direct = [kernel for kernel in sm90.kernels if kernel.kind == "direct"]
-    assert {kernel.name for kernel in direct} == {v.name for v in DIRECT} and len(direct) == 2
-    for kernel in direct:
+def test_our_kernels_are_quick_to_compile_and_spill_nothing(sm90):
+    own = [kernel for kernel in sm90.kernels if kernel.kind in OPERANDS]
+    assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 3
+    for kernel in own:
         assert kernel.compile_seconds <= 15
         assert kernel.spill_bytes == 0
 
 
-@pytest.mark.parametrize("v", DIRECT, ids=lambda v: v.name)
-def test_direct_kernels_multiply_on_tensor_cores_in_fp8(sm90, toolchain, tmp_path, v):
+@pytest.mark.parametrize("v", OWN, ids=lambda v: v.name)
+def test_our_kernels_multiply_on_tensor_cores(sm90, toolchain, tmp_path, v):
     """Read from PTX, for pip's nvcc has no disassembler with it; that ptxas serialises nothing is the build's check."""
     source, ptx = sm90.library.parent / f"{v.name}.cu", tmp_path / "kernel.ptx"
     flags = (*(flag for flag in FLAGS if flag not in ("-Xptxas", "-v")), *v.target.flags, v.target.gencode)
     includes = [f"-I{folder}" for folder in (*include_folders(), toolchain.cutlass.include)]
     subprocess.run([toolchain.nvcc.path, *flags, *includes, "-ptx", "-o", ptx, source], check=True)
     multiplied = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx.read_text()))
-    assert multiplied == {f"m64n{v.instruction_n}k32.f32.e4m3.e4m3"}
+    assert multiplied == {f"m64n{v.instruction_n}{OPERANDS[v.family]}"}
 
 
 def test_library_manifest_tells_stages_and_shared_memory(sm90):
     kernels = {kernel.name: kernel for kernel in sm90.kernels}
-    plain, swapped, collective = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
-    for kernel in (plain, swapped, collective):
+    unswapped, swapped, collective, mixed = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
+    for kernel in (unswapped, swapped, collective, mixed):
         assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
     # The larger the tile, the fewer stages of it fit: 256x16 and 128x128, against 128x16.
-    assert collective.stages > swapped.stages > plain.stages >= 3
+    assert collective.stages > swapped.stages > unswapped.stages >= 3 and mixed.stages == 4
     recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
     assert recorded["library"] == sm90.library.name
 
 
 def test_blackwell_is_compiled_and_not_linked(built):
     assert (built.library is not None) == built.arch.links
+
+
+def test_blackwell_multiplies_on_tensor_cores_in_its_format(blackwell, cuobjdump):
+    for entry, compiled in objects(blackwell):
+        v = entry.variant
+        sass = subprocess.run([cuobjdump, "-sass", compiled], capture_output=True, text=True, check=True).stdout
+        found = re.findall(r"\b((?:UTC)?[A-Z]MMA[\w.]*) ([^;]*);", sass)
+        multiplied = {" ".join([name, *re.findall(r"[a-z]+(?=\[)", operands)]) for name, operands in found}
+        pair = ".2CTA" if v.cluster.m == 2 else ""
+        assert multiplied == {MULTIPLICATIONS[v.arch, v.format].format(pair=pair)}, v.name
+
+
+def test_blackwell_answers_without_a_gpu(blackwell, toolchain, tmp_path):
+    """Metadata and scale atoms agree with CuTe's types. Each object makes a library of its own, for the host alone."""
+    folder = toolchain.nvcc.library_folder
+    for entry, compiled in objects(blackwell):
+        v, library = entry.variant, tmp_path / f"{entry.variant.name}.so"
+        search = [f"-L{folder}"] if folder else []
+        command = [toolchain.nvcc.path, "-shared", "-cudart", "static", v.target.gencode, *search]
+        subprocess.run([*command, "-o", library, compiled], check=True)
+        block_scaled = v.format != "fp8_block"
+        told = (BlockScaledVariant if block_scaled else LibraryVariant).in_dll(ctypes.CDLL(str(library)), v.name)
+        assert told.check_abi() == 0
+        assert (told.tile_m, told.tile_n, told.tile_k) == (v.tile.m, v.tile.n, v.tile.k)
+        assert (told.cluster_m, told.cluster_n, told.swap_ab) == (v.cluster.m, v.cluster.n, v.swap_ab)
+        assert told.stages >= 2
+        assert told.weights == FORMATS[v.format].weights
+        assert not block_scaled or told.tokens == FORMATS[v.format].tokens
 
 
 def test_library_answers_without_a_gpu(sm90):
@@ -134,11 +211,14 @@ def test_library_answers_without_a_gpu(sm90):
         assert told.check_abi() == 0
         assert (told.tile_m, told.tile_n, told.tile_k) == (v.tile.m, v.tile.n, v.tile.k)
         assert (told.cluster_m, told.cluster_n, told.swap_ab) == (v.cluster.m, v.cluster.n, v.swap_ab)
-        assert told.swiglu == v.swiglu
+        assert (told.swiglu, told.gathers, told.combines) == (v.swiglu, v.gathers, v.combines)
+        assert told.weights == WEIGHTS[v.format]
         assert told.threads == 384  # one producer warpgroup and two that multiply
     read = KernelLibrary(sm90.library).variants
-    assert [variant.swiglu for variant in read.values()] == [False, True, False]
-    assert [variant.weight_rows for variant in read.values()] == [128, 256, 128]
+    assert [variant.swiglu for variant in read.values()] == [False, True, False, False]
+    assert [variant.gathers for variant in read.values()] == [False, True, False, False]
+    assert [variant.combines for variant in read.values()] == [True, False, False, False]
+    assert [variant.weight_rows for variant in read.values()] == [128, 256, 128, 128]
     library = ctypes.CDLL(str(sm90.library))
     library.moe_library_hash.restype = ctypes.c_char_p
     assert library.moe_library_hash().decode() == sm90.library_hash

@@ -1,5 +1,6 @@
 """The cost model against times of one H200, and the buckets against where tiles fill up."""
 
+import dataclasses
 import json
 from itertools import pairwise
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_runtime import MoEConfig, Parallel, machine
+from moe_runtime import MoEConfig, Parallel
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import GEMMS, MoEProblem
+from moe_runtime.formats import Weights
 from moe_runtime.kernels import KernelVariant
 from moe_runtime.roofs import ROOFS, Roofs
 from moe_runtime.tuning.buckets import MOST, by_usefulness, plan_buckets, propose
@@ -20,7 +22,7 @@ from moe_runtime.tuning.cost import HEADROOM, cost, predict, promising
 from moe_runtime.workload import buckets as powers_of_two
 from moe_runtime.workload import kernel_rows, make_workload
 
-from .test_cuda_tactics import executor
+from .test_cuda_tactics import executor, library
 from .test_tuner import FakeExecutor
 
 MEASURED = Path(__file__).parent.parent / "benchmarks" / "results" / "h200" / "gemm.json"
@@ -29,15 +31,8 @@ SMS = 132
 
 
 def variants(catalogue: str = "select") -> dict[str, KernelVariant]:
-    """Of the whole catalogue, or of what "default_entries" puts into a library."""
-    entries = [entry.variant for entry in getattr(machine.generator("catalogue"), catalogue)("sm_90a")]
-    return {
-        v.name: KernelVariant(
-            0, v.name, (v.tile.m, v.tile.n, v.tile.k), (v.cluster.m, v.cluster.n), v.swap_ab, stages=0,
-            shared_memory_bytes=0, swiglu=v.swiglu,
-        )
-        for v in entries
-    }  # fmt: skip
+    """Those of fp8_block in the whole catalogue, or in what "default_entries" puts into a library."""
+    return library(catalogue=catalogue)
 
 
 LIBRARY = variants("default_entries")
@@ -58,10 +53,11 @@ def points(known: dict[str, KernelVariant]) -> list[tuple[str, dict[str, float],
 
 
 def test_every_measured_variant_is_known_and_every_one_measured() -> None:
-    """Each at every point, but those that apply the activation as gemm1 only."""
+    """Each at every point, those that apply the activation as gemm1 only; no twins that gather or combine."""
     results = json.loads(MEASURED.read_text())["results"]
+    alone = {tactic: v for tactic, v in variants().items() if not (v.gathers or v.combines)}
     for name, gemm in results.items():
-        expected = {tactic for tactic, v in variants().items() if name.endswith("g1") or not v.swiglu}
+        expected = {tactic for tactic, v in alone.items() if name.endswith("g1") or not v.swiglu}
         for rows, point in gemm["by_rows_per_expert"].items():
             assert point["interleaved_us"].keys() == expected, (name, rows)
 
@@ -125,6 +121,19 @@ def test_tiles_and_waves_by_hand() -> None:
     assert found.tiles_us == pytest.approx(4 * 10 * (16 + 128) * 1024 / H200.l2_tbps / 1e6)
 
 
+@pytest.mark.parametrize(
+    ("weights", "each"), [(Weights.MXFP4, 17 / 32), (Weights.NVFP4, 9 / 16), (Weights.BF16, 2.0)], ids=str
+)
+def test_weights_of_fewer_bits_read_less(weights: Weights, each: float) -> None:
+    """Beside bf16 rows, and as fast as bf16 multiplies."""
+    v = dataclasses.replace(variant((128, 64), swap_ab=True), weights=weights)
+    found = cost(v, [1, 64, 0, 65], (512, 1024), 10, H200)
+    read = 3 * 512 * 1024 * each + 130 * 2 * (1024 + 512)
+    assert found.memory_us == pytest.approx(read / H200.read_tbps / 1e6)
+    tile = max(2 * 64 * 128 / H200.bf16_tflops, (2 * 64 + each * 128) / H200.l2_tbps) * 1024
+    assert found.tiles_us == pytest.approx(2 * 10 * tile / 1e6)
+
+
 def test_a_fused_activation_writes_a_quarter() -> None:
     """e4m3 of half the columns, with a float per 128, where the GEMM alone writes bf16 of all."""
     rows, shape = [1, 64, 0, 65], (512, 1024)
@@ -143,7 +152,7 @@ def test_rows_count_and_not_their_mean() -> None:
 def test_a_cluster_takes_its_blocks_together() -> None:
     """Two token tiles share the weights: no use where an expert has only one, but half the reading where it has two."""
     alone, pair = variant((128, 128)), variant((128, 128), cluster=(2, 1))
-    slow_l2 = Roofs(read_tbps=4.0, l2_tbps=1.0, block_scaled_tflops=1e9, dense_tflops=1e9)
+    slow_l2 = Roofs(read_tbps=4.0, l2_tbps=1.0, block_scaled_tflops=1e9, dense_tflops=1e9, bf16_tflops=1e9)
     for rows, ratio in ((128, 1.5), (256, 0.75)):
         one, two = (cost(v, [rows] * SMS, (128, 4096), SMS, slow_l2).tiles_us for v in (alone, pair))
         assert two / one == pytest.approx(ratio)
@@ -247,6 +256,14 @@ def test_kernels_of_an_executor_give_predictions_and_buckets() -> None:
     assert predicted.keys() == LIBRARY.keys()
     for name, us in predicted.items():
         assert us == [cost(LIBRARY[name], [32] * 32, (4096, 7168), SMS, H200).us] * 2
+
+
+def test_kernels_of_other_weights_make_no_buckets() -> None:
+    """A tile of 256 tokens is one of packed weights alone."""
+    executor, shape = FakeExecutor({"plain": 1}), problem("deepseek-r1", "dep8")
+    executor.variants = library(weights=tuple(Weights))
+    assert {v.token_tile for v in executor.variants.values()} > set(TILES)
+    assert plan_buckets(shape, executor, 8192, "balanced") == propose(shape, 8192, TILES)
 
 
 def test_no_buckets_below_one_token() -> None:

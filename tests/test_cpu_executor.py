@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument
-from moe_runtime.executors import cpu as cpu_module
-from moe_runtime.executors import get_executor
+from moe_runtime.executors import cpu_tactics, get_executor
 from moe_runtime.executors.base import LayerInputs, MoEProblem
-from moe_runtime.executors.cpu import TACTICS, CpuExecutor
+from moe_runtime.executors.cpu import CpuExecutor
+from moe_runtime.executors.cpu_tactics import TACTICS
 from moe_runtime.parallel import Parallel
 from moe_runtime.weights import FP8BlockWeights
 from moe_runtime.workload import Workload, make_workload
@@ -34,7 +34,7 @@ def operands(counts: list[int], n: int = 64, k: int = 32) -> tuple[torch.Tensor,
 
 def check_matmul(tactic: str, counts: list[int]) -> None:
     rows, weights = operands(counts)
-    out = TACTICS[tactic](rows, counts, weights)
+    out = TACTICS[tactic](rows, counts, weights, torch.bfloat16)
     assert (out.dtype, out.shape) == (torch.bfloat16, (sum(counts), 64))
     expert_of_row = [expert for expert, count in enumerate(counts) for _ in range(count)]
     expected = [weights[expert].double() @ rows[row].double() for row, expert in enumerate(expert_of_row)]
@@ -67,14 +67,14 @@ def test_matmul_of_any_counts(tactic: str, counts: list[int]) -> None:
 
 @pytest.mark.parametrize("tactic", ["padded_batch", "sorted_segments"])
 def test_matmul_in_little_memory(tactic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_module, "_PADDED_BYTES", 20_000)
+    monkeypatch.setattr(cpu_tactics, "_PADDED_BYTES", 20_000)
     check_matmul(tactic, RAGGED)
 
 
 @given(st.lists(st.integers(0, 40), max_size=20), st.integers(1, 200))
 def test_segments_cover_each_busy_expert_once_and_pad_little(counts: list[int], max_rows: int) -> None:
     covered = []
-    for first, last in cpu_module._segments(counts, max_rows):
+    for first, last in cpu_tactics._segments(counts, max_rows):
         segment = counts[first:last]
         padded = max(segment) * len(segment)
         assert min(segment) > 0

@@ -83,7 +83,7 @@ def test_arguments_of_calls_in_any_order(executor: CudaExecutor) -> None:
     common = {
         "num_tokens": 3, "hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2,
         "num_local_experts": 8, "routing_method": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
-        "gate_first": 1, "sm_count": 132, "gemm1_variant": 1, "workspace_bytes": 4096,
+        "gate_first": 1, "input_scale_inverse": 1.0, "sm_count": 132, "gemm1_variant": 1, "workspace_bytes": 4096,
         "gemm1_weights": WEIGHTS.gate_up.data_ptr(), "gemm1_weights_scale": WEIGHTS.gate_up_scale.data_ptr(),
         "gemm2_weights": WEIGHTS.down.data_ptr(), "gemm2_weights_scale": WEIGHTS.down_scale.data_ptr(),
         "output": rows.data_ptr(), "workspace": workspace.data_ptr(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,28 +14,34 @@ from torch import Tensor
 
 from moe_runtime import MoEConfig, Parallel, machine
 from moe_runtime.activation import swiglu
-from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem
+from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
+from moe_runtime.executors.default_tactic import twin
+from moe_runtime.formats import FORMATS, Weights
 from moe_runtime.formats.fp8_block import dequantise_rows, quantise_rows, rounding_of_rows
 from moe_runtime.kernels import KernelVariant, LayerArguments, WorkspaceLayout
 from moe_runtime.reference import relative_error
 from moe_runtime.workload import kernel_rows, make_workload
 
+ENCODINGS = tuple(Weights)
 GRID = Path(__file__).parent.parent / "benchmarks/results/h200/grid.json"
 NAME = "sm90a_fp8_block_{}128_{}x1_warpspecialized_cooperative{}".format
 
 
-def library(*chosen: str, catalogue: str = "default_entries") -> dict[str, KernelVariant]:
-    """The variants of a library built of the catalogue, or of those of it whose names are given."""
+def library(
+    *chosen: str, catalogue: str = "default_entries", weights: Sequence[Weights] = (Weights.FP8_BLOCK,)
+) -> dict[str, KernelVariant]:
+    """The variants of a library built of the catalogue that read such weights, or the ones of these names."""
     entries = [entry.variant for entry in getattr(machine.generator("catalogue"), catalogue)("sm_90a")]
     return {
         v.name: KernelVariant(
-            index, v.name, (v.tile.m, v.tile.n, v.tile.k), (v.cluster.m, v.cluster.n), v.swap_ab, 4, 0, v.swiglu
+            index, v.name, (v.tile.m, v.tile.n, v.tile.k), (v.cluster.m, v.cluster.n), v.swap_ab, 4, 0, v.swiglu,
+            Weights[v.format.upper()], v.gathers, v.combines,
         )
         for index, v in enumerate(entries)
-        if not chosen or v.name in chosen
-    }
+        if Weights[v.format.upper()] in weights and (not chosen or v.name in chosen)
+    }  # fmt: skip
 
 
 def executor(variants: dict[str, KernelVariant], most_experts: int = 1024) -> CudaExecutor:
@@ -51,8 +58,27 @@ def executor(variants: dict[str, KernelVariant], most_experts: int = 1024) -> Cu
     return made
 
 
-def problem(hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8") -> MoEProblem:
-    return MoEProblem(MoEConfig("test", hidden, intermediate, 256, 8), Parallel.parse(parallel))
+def problem(
+    hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8", format: str = "fp8_block"
+) -> MoEProblem:
+    return MoEProblem(MoEConfig("test", hidden, intermediate, 256, 8, format=format), Parallel.parse(parallel))
+
+
+@pytest.mark.parametrize("gemm", GEMMS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_has_kernels_of_its_own(format: str, gemm: Gemm) -> None:
+    """Also at sizes that their tiles do not divide, but for those of fp8_block."""
+    sizes = (768, 384) if format == "fp8_block" else (2880, 2880)
+    made, shape = executor(library(weights=ENCODINGS)), problem(*sizes, format=format)
+    tactics = made.tactics(shape, gemm)
+    assert tactics and {made.variants[name].weights for name in tactics} == {FORMATS[format].weights}
+    chosen = [made.default_tactic(shape, gemm, rows) for rows in (1, 512, 8192)]
+    assert set(chosen) <= set(able_tactics(made, shape, gemm))
+    if format != "fp8_block":
+        serving = {name for name in tactics if gemm == "gemm2" or not made.variants[name].combines}
+        assert serving == set(able_tactics(made, shape, gemm))
+        tiles = [made.variants[name].token_tile for name in chosen]
+        assert tiles == sorted(set(tiles))
 
 
 @pytest.mark.parametrize(
@@ -70,12 +96,75 @@ def test_rows_of_weights_at_a_time(name: str, rows: int) -> None:
     assert library(name, catalogue="select")[name].weight_rows == rows
 
 
-def test_a_fused_activation_is_for_gemm1() -> None:
+ACTIVATES, ADDS_UP = (
+    "it applies the activation, which only gemm1 has",
+    "it adds up the experts' results, which only gemm2 has",
+)
+
+
+@pytest.mark.parametrize(
+    ("ends", "gemm1", "gemm2"),
+    [
+        ("cooperative", None, None),
+        ("cooperative_swap_ab", None, None),
+        ("_combine", ADDS_UP, None),
+        ("_swap_ab_swiglu", None, ACTIVATES),
+        ("_gather_swiglu", None, ACTIVATES),
+    ],
+)
+def test_what_a_kernel_does_beside_the_product_decides_whom_it_serves(
+    ends: str, gemm1: str | None, gemm2: str | None
+) -> None:
     made = executor(library())
-    for name, variant in made.variants.items():
-        assert made.can_implement(problem(), "gemm1", name) is None
-        refusal = made.can_implement(problem(), "gemm2", name)
-        assert refusal == ("it applies the activation, which only gemm1 has" if variant.swiglu else None)
+    found = [name for name in made.tactics(problem(), "gemm1") if name.endswith(ends)]
+    assert len(found) >= 2
+    for name in found:
+        assert made.can_implement(problem(), "gemm1", name) == gemm1
+        assert made.can_implement(problem(), "gemm2", name) == gemm2
+
+
+@pytest.mark.parametrize("format", ["mxfp8_mxfp4", "nvfp4", "bf16"])
+def test_kernels_of_packed_weights_add_up_as_gemm2_only(format: str) -> None:
+    made, shape = executor(library(weights=ENCODINGS)), problem(format=format)
+    found = made.tactics(shape, "gemm2")
+    assert found == made.tactics(shape, "gemm1")
+    assert sum(name.endswith("_combine") for name in found) == len(found) / 2 > 0
+    for name in found:
+        assert made.can_implement(shape, "gemm1", name) == (ADDS_UP if name.endswith("_combine") else None)
+        assert made.can_implement(shape, "gemm2", name) is None
+
+
+@pytest.mark.parametrize("catalogue", ["default_entries", "select"])
+def test_leaving_rows_takes_the_twin_of_what_combines_and_keeps_all_else(catalogue: str) -> None:
+    made = executor(library(catalogue=catalogue, weights=ENCODINGS))
+    assert sum(variant.combines for variant in made.variants.values()) >= 8
+    for name in (*made.variants, "gone"):
+        left = made.leaving_rows(name)
+        assert left == name.removesuffix("_combine")
+        assert left == "gone" or not made.variants[left].combines
+
+
+def test_leaving_rows_of_a_library_without_the_twin() -> None:
+    """Then the layer refuses by what the native call says, not by the name of a kernel that is not there."""
+    name = NAME("direct_128x8x", "1x1", "_swap_ab_combine")
+    assert executor(library(name)).leaving_rows(name) == name
+
+
+@pytest.mark.parametrize(
+    ("end", "other_end", "expected"),
+    [("swiglu", "gather_swiglu", "_swap_ab_gather_swiglu"), ("swiglu", "combine", "_swap_ab_swiglu"),
+     ("", "combine", "_swap_ab_swiglu"), ("combine", "", "_swap_ab_swiglu")],
+)  # fmt: skip
+def test_the_twin_of_a_kernel_that_activates(end: str, other_end: str, expected: str) -> None:
+    kernels, stem = library(), "direct_256x16x"
+    assert twin(kernels[NAME(stem, "1x1", "_swap_ab_swiglu")], kernels.values(), end, other_end).name == NAME(
+        stem, "1x1", expected
+    )
+
+
+@pytest.mark.parametrize(("ends", "stores_rows"), [("", True), ("_combine", False), ("_swiglu", False)])
+def test_which_kernels_store_rows(ends: str, stores_rows: bool) -> None:
+    assert library()[NAME("direct_128x256x", "1x1", ends)].stores_rows == stores_rows
 
 
 @pytest.mark.parametrize(
@@ -90,8 +179,9 @@ def test_a_fused_activation_is_for_gemm1() -> None:
 def test_weights_are_taken_whole(hidden: int, intermediate: int, gemm: Gemm, allowed: set[int]) -> None:
     n, _ = problem(hidden, intermediate).gemm_shape(gemm)
     made = executor(library())
-    for name, variant in made.variants.items():
-        if variant.swiglu and gemm == "gemm2":
+    for name in made.tactics(problem(), gemm):
+        variant = made.variants[name]
+        if variant.swiglu if gemm == "gemm2" else variant.combines:
             continue
         refusal = made.can_implement(problem(hidden, intermediate), gemm, name)
         if variant.weight_rows in allowed:
@@ -106,11 +196,7 @@ def test_refused_by_name_and_by_the_library() -> None:
     made = executor(library(), most_experts=128)
     assert made.can_implement(problem(), "gemm1", "gone") == "no variant gone in fake.so"
     for gemm in GEMMS:
-        name = (
-            made.default_tactic(problem(), gemm, 8)
-            if made.variants is None
-            else NAME("direct_128x8x", "1x1", "_swap_ab")
-        )
+        name = NAME("direct_128x8x", "1x1", "_swap_ab")
         assert "outside what the kernels implement" in str(made.can_implement(problem(), gemm, name))
 
 
@@ -135,6 +221,8 @@ def test_defaults_hold_the_rows_and_their_spread(tokens_a_rank: int, gemm1: str,
         assert f"_direct_{tile}x128_" in chosen.name
         # Fusing needs half of the tiles, so it waits for a tile of many rows where 32 hold no expert's.
         assert chosen.swiglu == (gemm == "gemm1" and tile != "256x64")
+        assert chosen.gathers == (gemm == "gemm1" and tile in ("256x16", "256x32"))
+        assert chosen.combines == (gemm == "gemm2")
         assert made.can_implement(problem(), gemm, chosen.name) is None
 
 
@@ -157,8 +245,30 @@ def test_few_experts_outgrow_their_default_on_random_routing(mean_rows: int, par
 def test_fusing_waits_for_enough_tiles_to_fill_the_gpu(tokens_a_rank: int, fused: bool) -> None:
     """A layer of 16 tiles of 256 gate_up rows an expert; one token at ep8 keeps one of the 32 experts busy."""
     made, shape = executor(library()), problem(parallel="ep8")
-    name = made.default_tactic(shape, "gemm1", kernel_rows(tokens_a_rank, shape.parallel))
-    assert made.variants[name].swiglu == fused
+    chosen = made.variants[made.default_tactic(shape, "gemm1", kernel_rows(tokens_a_rank, shape.parallel))]
+    assert (chosen.swiglu, chosen.gathers) == (fused, fused)
+
+
+@pytest.mark.parametrize("format", ["mxfp8_mxfp4", "nvfp4", "bf16"])
+@pytest.mark.parametrize("rows", [1, 64, 8192])
+def test_defaults_of_packed_weights_combine(format: str, rows: int) -> None:
+    made, shape = executor(library(weights=ENCODINGS)), problem(format=format)
+    first, second = (made.variants[made.default_tactic(shape, gemm, rows)] for gemm in GEMMS)
+    assert first.weights == second.weights == shape.config.number_format.weights
+    assert first.stores_rows and second.combines and first.tile == second.tile
+
+
+def test_defaults_of_a_library_without_twins() -> None:
+    names = [name for name in library() if not name.endswith("_combine") and "_gather_" not in name]
+    made = executor(library(*names))
+    for rows in (8, 64, 512, 8192):
+        chosen = [made.variants[made.default_tactic(problem(), gemm, rows)] for gemm in GEMMS]
+        assert not any(variant.gathers or variant.combines for variant in chosen)
+
+
+def measured_name(name: str) -> str:
+    """Of the kernel that the grid timed: twins that gather or combine are younger, and no slower."""
+    return name.removesuffix("_combine").replace("_gather_", "_")
 
 
 WORST_OVER_FASTEST = {"balanced": 0.08, "random": 0.035, "zipf:1.0": 0.065}
@@ -175,7 +285,8 @@ def test_defaults_are_near_the_fastest_that_was_measured(distribution: str) -> N
         shape, default, fastest = MoEProblem(MoEConfig.preset(model), Parallel.parse(layout)), 0.0, 0.0
         for gemm in GEMMS:
             times = point["gemms"][gemm]["scouted"] | point["gemms"][gemm]["us"]
-            default += times[made.default_tactic(shape, gemm, kernel_rows(point["tokens"], shape.parallel))]
+            chosen = made.default_tactic(shape, gemm, kernel_rows(point["tokens"], shape.parallel))
+            default += times[measured_name(chosen)]
             fastest += min(times.values())
         slower.append(default / fastest - 1)
     assert len(slower) > 80
@@ -188,7 +299,7 @@ def test_defaults_take_what_divides_the_weights() -> None:
     made = executor(library())
     shape = problem(384, 384)
     assert made.default_tactic(shape, "gemm1", 8192) == NAME("direct_128x256x", "1x1", "_swiglu")
-    assert made.default_tactic(shape, "gemm2", 8192) == NAME("direct_128x128x", "1x1", "")
+    assert made.default_tactic(shape, "gemm2", 8192) == NAME("direct_128x128x", "1x1", "_combine")
 
 
 def test_defaults_of_a_library_without_the_family() -> None:
@@ -205,7 +316,7 @@ FUSED, PLAIN = NAME("direct_256x32x", "1x1", "_swap_ab_swiglu"), NAME("direct_25
 def trial(gate_first: bool = True, clamp_limit: float | None = None) -> CudaGemmTrial:
     made = object.__new__(CudaGemmTrial)
     made._variants = library(FUSED, PLAIN)
-    made._gate_first = gate_first
+    made._operands = SimpleNamespace(gate_first=gate_first)  # type: ignore[assignment]
     made._problem = MoEProblem(MoEConfig("test", 256, 128, 8, 2, clamp_limit=clamp_limit), Parallel("ep", 1))
     return made
 
@@ -247,6 +358,47 @@ def test_the_error_of_a_fused_gemm_is_what_lies_beyond_the_rounding() -> None:
     error = trial().error(FUSED, exact + (rounding_of_rows(exact) + beyond), expected)
     assert error == pytest.approx(float(beyond.norm() / exact.norm()), rel=1e-4)
     assert trial().error(FUSED, torch.zeros_like(exact), expected) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        (PLAIN, torch.nan),
+        (PLAIN + "_combine", 0.0),
+        (FUSED, torch.nan),
+        (FUSED.replace("_swiglu", "_gather_swiglu"), torch.nan),
+    ],
+    ids=["plain", "combine", "swiglu", "gather_swiglu"],
+)
+def test_a_trial_takes_its_rows_for_tokens(name: str, before: float) -> None:
+    """So that what gathers finds them where they lie, and what combines adds each to zeros of its own."""
+    made, launched = trial(), []
+    made._variants = library()
+    as_it_was = torch.randint(1000, (5, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    made._origins, made._output = as_it_was.clone(), torch.ones(5, 256).bfloat16()
+    made._activation, made._activation_scales = quantise_rows(torch.ones(5, 128))
+    elsewhere = torch.empty(1)
+    made._arguments = {name: LayerArguments(output=elsewhere.data_ptr())}
+
+    def launch(args: LayerArguments) -> None:
+        launched.append((made._origins.clone(), made._output.clone(), args.output))
+        made._output.fill_(2.0)
+        made._activation.copy_(torch.full((5, 128), 3.0).to(torch.float8_e4m3fn))
+        made._activation_scales.fill_(1.0)  # type: ignore[union-attr]
+
+    made._launch = launch  # type: ignore[assignment]
+    for _ in range(2):
+        assert (made.run(name) == (3.0 if "swiglu" in name else 2.0)).all()
+        assert torch.equal(made._origins, as_it_was)
+    variant = made._variants[name]
+    for origins, output, to in launched:
+        assert output.isnan().all() if before != before else (output == before).all()
+        if variant.gathers or variant.combines:
+            assert origins[:, 0].tolist() == [0, 1, 2, 3, 4]
+            assert origins[:, 1].contiguous().view(torch.float32).tolist() == [1.0] * 5
+            assert to == made._output.data_ptr()
+        else:
+            assert torch.equal(origins, as_it_was) and to == elsewhere.data_ptr()
 
 
 def test_an_unwritten_row_of_a_fused_gemm_shows() -> None:

@@ -52,7 +52,7 @@ def logits(config: MoEConfig, count: int, seed: int = 0) -> Tensor:
 def expected(layer: FusedMoE, x: Tensor, ids: Any, weights: Any, quantised: bool = True) -> Tensor:
     problem = layer.problem
     return reference.layer(
-        problem.config, layer.weights, problem.local_expert_offset, x, ids, weights, quantised=quantised
+        problem.config, layer._weights.operands, problem.local_expert_offset, x, ids, weights, quantised=quantised
     )
 
 

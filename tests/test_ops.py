@@ -9,8 +9,9 @@ from torch import Tensor
 from moe_runtime import FP8BlockWeights, InvalidArgument, MoEConfig, Parallel, PlanRefused, ops
 from moe_runtime.executors.base import MoEProblem
 from moe_runtime.executors.cpu import CpuExecutor
+from moe_runtime.flashinfer import fp8_block_scale_moe
 from moe_runtime.formats.fp8_block import quantise_rows
-from moe_runtime.ops import allocate, fp8_block_scale_moe
+from moe_runtime.ops import allocate
 from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey
 from moe_runtime.workload import buckets
 from tests import reference
@@ -254,8 +255,8 @@ def test_plan_serves_its_own_regime_only(monkeypatch: pytest.MonkeyPatch) -> Non
         ("local_num_experts", {"local_num_experts": 0}),
         ("local_expert_offset", {"local_num_experts": 4, "local_expert_offset": 2}),
         ("local_expert_offset", {"local_expert_offset": 8}),
-        ("routing_method_type", {"routing_method_type": 0}),
-        ("routing_method_type", {"routing_method_type": 3}),
+        ("routing_method_type", {"routing_method_type": 5}),
+        ("routing_method_type", {"routing_method_type": 9}),
         ("top_k", {"top_k": 9}),
         ("n_group", {"n_group": 2}),
         ("gemm1_weights", {"intermediate_size": 256}),

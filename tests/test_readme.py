@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.summary import RESULTS, with_tables
 from moe_runtime import cli
+from moe_runtime.formats import FORMATS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -29,3 +30,9 @@ def test_commands_of_the_readme_exist() -> None:
     registered = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     registered |= {str(group.name) for group in cli.app.registered_groups}
     assert named and named <= registered
+
+
+def test_the_table_of_formats_is_the_registry_s() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (?:`(\w+)`)? ?\|$", README, re.MULTILINE)
+    table = {name: operator or None for name, operator in rows if name in FORMATS}
+    assert table == {name: format.operator for name, format in FORMATS.items()}

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moe_runtime.checkpoints import load_experts
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.formats import fp8_block
@@ -16,6 +17,12 @@ from tests import reference
 
 CONFIG = MoEConfig("small", 256, 512, 4, 2)
 WHOLE = Parallel.parse("ep1")
+
+
+def load(checkpoint: Path, parallel: Parallel) -> FP8BlockWeights:
+    weights = load_experts(checkpoint, 0, CONFIG, parallel)
+    assert isinstance(weights, FP8BlockWeights)
+    return weights
 
 
 @pytest.fixture(scope="module", params=[torch.float8_e4m3fn, torch.bfloat16], ids=str)
@@ -34,12 +41,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.Fixture
 
 @pytest.mark.parametrize("text", ["tp4", "ep2tp2", "dep2tp4"])
 def test_slices_put_together_are_the_checkpoint(checkpoint: Path, text: str) -> None:
-    whole = FP8BlockWeights.from_safetensors(checkpoint, 0, CONFIG, WHOLE)
+    whole = load(checkpoint, WHOLE)
     tp_size, size = Parallel.parse(text).tp_size, Parallel.parse(text).size
     inter, experts = 512 // tp_size, 4 // size
     for rank in range(size * tp_size):
         parallel = Parallel.parse(text, rank)
-        part = FP8BlockWeights.from_safetensors(checkpoint, 0, CONFIG, parallel)
+        part = load(checkpoint, parallel)
         part.check(CONFIG, experts, tp_size=tp_size)
         local = slice(rank // tp_size * experts, (rank // tp_size + 1) * experts)
         first = rank % tp_size * inter
@@ -62,7 +69,7 @@ def test_partial_sums_add_up_to_the_whole(checkpoint: Path, text: str) -> None:
     logits = torch.randn(9, 4, generator=torch.Generator().manual_seed(2))
 
     def run(parallel: Parallel) -> torch.Tensor:
-        weights = FP8BlockWeights.from_safetensors(checkpoint, 0, CONFIG, parallel)
+        weights = load(checkpoint, parallel)
         return FusedMoE(CONFIG, parallel, weights)(x, logits).double()
 
     total = torch.stack([run(Parallel.parse(text, rank)) for rank in range(Parallel.parse(text).world_size)]).sum(0)
@@ -78,7 +85,7 @@ def test_weights_of_another_slice_are_refused() -> None:
 
 def test_a_checkpoint_is_not_cut_within_a_block(checkpoint: Path) -> None:
     with pytest.raises(InvalidArgument, match="parallel: got tp8"):
-        FP8BlockWeights.from_safetensors(checkpoint, 0, CONFIG, Parallel.parse("tp8"))
+        load(checkpoint, Parallel.parse("tp8"))
 
 
 def test_uneven_shards_are_refused() -> None:

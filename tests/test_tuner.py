@@ -95,6 +95,9 @@ class FakeExecutor:
         self.asked.append(num_rows)
         return "plain"
 
+    def leaving_rows(self, tactic: str) -> str:
+        return tactic
+
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         return "needs another shape" if tactic == "unfit" else None
 

@@ -1,24 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from moe_runtime.config import MoEConfig
 from moe_runtime.errors import InvalidArgument
-from moe_runtime.formats import fp8_block
-from moe_runtime.parallel import Parallel
-from moe_runtime.weights import FP8BlockWeights
+from moe_runtime.formats import FORMATS, Extra, fp8_block
+from moe_runtime.formats.weights import dequantise_weights
+from moe_runtime.weights import FP8BlockWeights, PackedWeights, deinterleave
 from tests import reference
 
 CONFIG = MoEConfig("small", 256, 128, 8, 2)
-SECOND_HALF = Parallel("ep", 2, 1)
-PROJECTIONS = {"gate_proj": (128, 256), "up_proj": (128, 256), "down_proj": (256, 128)}
 
 
 def test_random_is_finite_and_repeatable() -> None:
@@ -81,74 +75,106 @@ def test_to_moves_every_tensor() -> None:
     assert moved.device.type == "meta" and moved.gate_first is False
 
 
-def checkpoint(experts: Iterator[int] | range, dtype: torch.dtype, layer: int = 3) -> dict[str, torch.Tensor]:
-    """Tensors of a checkpoint under DeepSeek's names; every one differs from every other."""
-    tensors = {}
-    for expert in experts:
-        for number, (projection, shape) in enumerate(PROJECTIONS.items()):
-            name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.weight"
-            w = torch.randn(shape, generator=torch.Generator().manual_seed(10 * expert + number))
-            if dtype == torch.bfloat16:
-                tensors[name] = w.bfloat16()
-            else:
-                tensors[name], tensors[f"{name}_scale_inv"] = fp8_block.quantise_blocks(w)
-    return tensors
+PACKED = [name for name in FORMATS if name != "fp8_block"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["file", "folder", "index"])
-def test_from_safetensors(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
-    # Only this rank's experts are there, so reading any other would fail.
-    tensors = checkpoint(range(4, 8), dtype)
-    path = tmp_path / "model.safetensors"
-    if layout == "index":
-        names = sorted(tensors)
-        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, part in parts.items():
-            save_file({name: tensors[name] for name in part}, tmp_path / file)
-        weight_map = {name: file for file, part in parts.items() for name in part}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    else:
-        save_file(tensors, path)
-    weights = FP8BlockWeights.from_safetensors(path if layout == "file" else tmp_path, 3, CONFIG, SECOND_HALF)
-    weights.check(CONFIG, 4)
-    assert weights.gate_first
-    for local, expert in enumerate(range(4, 8)):
-        for projection, values, scale in (
-            ("gate_proj", weights.gate_up[local, :128], weights.gate_up_scale[local, :1]),
-            ("up_proj", weights.gate_up[local, 128:], weights.gate_up_scale[local, 1:]),
-            ("down_proj", weights.down[local], weights.down_scale[local]),
-        ):
-            name = f"model.layers.3.mlp.experts.{expert}.{projection}.weight"
-            if dtype == torch.bfloat16:
-                expected, expected_scale = fp8_block.quantise_blocks(tensors[name])
-            else:
-                expected, expected_scale = tensors[name], tensors[f"{name}_scale_inv"]
-            assert torch.equal(values.view(torch.uint8), expected.view(torch.uint8))
-            assert torch.equal(scale, expected_scale)
+def packed_config(format: str, activation: str = "swiglu") -> MoEConfig:
+    return MoEConfig("packed", 96, 160, 8, 2, format=format, activation=activation)
 
 
-def test_from_safetensors_says_what_is_missing(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("format", PACKED)
+def test_random_packed_weights(format: str, extras: bool, activation: str) -> None:
+    config = packed_config(format, activation)
+    weights = PackedWeights.random(config, 4, seed=1, tp_size=5, extras=extras)
+    weights.check(config, 4, tp_size=5)
+    again = PackedWeights.random(config, 4, seed=1, tp_size=5, extras=extras)
+    assert all(torch.equal(*pair) for pair in zip(tensors(weights), tensors(again), strict=True))
+    assert not torch.equal(PackedWeights.random(config, 4, seed=2, tp_size=5).down, weights.down)
+    moved = weights.to("meta")
+    moved.check(config, 4, tp_size=5)
+    assert moved.device.type == "meta" and len(tensors(moved)) == len(tensors(weights))
+    operands = weights.operands
+    x = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    matrix = dequantise_weights(config.number_format.weights, operands.gate_up, operands.gate_up_scale)[0]
+    out = x @ matrix.T * (1 if operands.gemm1_scale is None else operands.gemm1_scale[0])
+    assert 0.3 < out.std() < 3
+    takes = FORMATS[format].extras
+    assert (weights.gate_up_bias is not None) == (extras and Extra.BIAS in takes)
+    assert (weights.clamp is not None) == (extras and Extra.CLAMP in takes and config.is_gated)
 
-    def read(where: Path = path, layer: int = 3) -> None:
-        FP8BlockWeights.from_safetensors(where, layer, CONFIG, SECOND_HALF)
 
-    with pytest.raises(InvalidArgument, match=r"path: got .*model.safetensors"):
-        read()
-    with pytest.raises(InvalidArgument, match=r"path: got .* with 0 of them"):
-        read(tmp_path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(InvalidArgument, match=r"a readable .safetensors file"):
-        read()
-    tensors = checkpoint(range(4, 8), torch.float8_e4m3fn)
-    save_file(tensors, path)
-    with pytest.raises(InvalidArgument, match=r"holds model.layers.2.mlp.experts.4.gate_proj.weight"):
-        read(layer=2)
-    scale = "model.layers.3.mlp.experts.5.up_proj.weight_scale_inv"
-    save_file({**tensors, scale: torch.ones(2, 2)}, path)
-    with pytest.raises(InvalidArgument, match=rf"{scale}: got shape \[2, 2\]"):
-        read()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
-    with pytest.raises(InvalidArgument, match="an index that lists"):
-        read(tmp_path)
+def tensors(weights: PackedWeights) -> list[torch.Tensor]:
+    found = [value for value in vars(weights).values() if isinstance(value, torch.Tensor)]
+    return [value.view(torch.uint8) if value.dtype == torch.float8_e4m3fn else value for value in found]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", PACKED)
+def test_quantise_bf16_to_any_format(format: str, dtype: torch.dtype) -> None:
+    config, generator = packed_config(format), torch.Generator().manual_seed(0)
+    gate_up = torch.randn(3, 320, 96, generator=generator).to(dtype)
+    down = (torch.randn(3, 96, 160, generator=generator) * torch.tensor([1e-3, 1, 50])[:, None, None]).to(dtype)
+    weights = PackedWeights.quantise_bf16(format, gate_up, down, gate_first=False, intermediate_scale=1.0)
+    weights.check(config, 3)
+    assert weights.gate_first is False
+    operands, encoding = weights.operands, config.number_format.weights
+    for values, scale, factor, exact in (
+        (operands.gate_up, operands.gate_up_scale, operands.gemm1_scale, gate_up),
+        (operands.down, operands.down_scale, operands.gemm2_scale, down),
+    ):
+        whole = dequantise_weights(encoding, values, scale)
+        if factor is not None:
+            whole = whole * factor[:, None, None]
+        for expert in range(3):
+            assert reference.relative_error(whole[expert], exact[expert]) < 0.15
+    with pytest.raises(InvalidArgument, match=r"down: got torch.float16"):
+        PackedWeights.quantise_bf16(format, gate_up, down.half())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("gate_up", torch.zeros(4, 320, 96, dtype=torch.uint8), r"shape \[4, 320, 48\]"),
+        ("gate_up", torch.zeros(4, 320, 48, dtype=torch.int8), "torch.uint8"),
+        ("gate_up_scale", torch.zeros(4, 320, 5, dtype=torch.float8_e4m3fn), r"shape \[4, 320, 6\]"),
+        ("gate_up_scale", torch.zeros(4, 320, 6, dtype=torch.uint8), "float8_e4m3fn"),
+        ("gate_up_scale", None, r"torch.float8_e4m3fn of shape \[4, 320, 6\] for nvfp4"),
+        ("down_scale", torch.full((4, 96, 10), 0xFF, dtype=torch.uint8).view(torch.float8_e4m3fn), "no NaN"),
+        ("down_global", torch.ones(3), r"shape \[4\]"),
+        ("down_bias", torch.ones(4, 95), r"shape \[4, 96\]"),
+        ("gate_up_bias", torch.ones(4, 320).bfloat16(), "torch.float32"),
+        ("alpha", torch.ones(4, device="meta"), "a tensor on cpu"),
+        ("clamp", torch.ones(8)[::2], "a contiguous tensor"),
+        ("intermediate_scale", torch.ones(1), r"shape \[4\]"),
+        ("input_scale", 0.0, "a positive number"),
+        ("input_scale", float("inf"), "a positive number"),
+    ],
+)
+def test_check_of_packed_weights_names_the_field(field: str, value: object, reason: str) -> None:
+    config = packed_config("nvfp4")
+    weights = dataclasses.replace(PackedWeights.random(config, 4), **{field: value})
+    with pytest.raises(InvalidArgument, match=f"accepted: .*{reason}") as error:
+        weights.check(config, 4)
+    assert error.value.argument == field
+    with pytest.raises(InvalidArgument) as error:
+        weights.check(config, 4, {field: "what the caller calls it"})
+    assert error.value.argument in (field, "what the caller calls it")
+
+
+def test_scales_belong_to_formats_that_have_them() -> None:
+    weights = PackedWeights.random(packed_config("bf16"), 4)
+    for changes in ({"input_scale": 2.0}, {"intermediate_scale": 2.0}, {"intermediate_scale": torch.ones(4)}):
+        with pytest.raises(InvalidArgument, match=f"{next(iter(changes))}: got a scale; accepted: 1: bf16 tokens"):
+            dataclasses.replace(weights, **changes).check(packed_config("bf16"), 4)
+    with pytest.raises(InvalidArgument, match="gate_up_scale: got a tensor; accepted: None for bf16"):
+        dataclasses.replace(weights, gate_up_scale=torch.ones(4, 320, 3)).check(packed_config("bf16"), 4)
+    gated = PackedWeights.random(packed_config("bf16", "relu2"), 4)
+    with pytest.raises(InvalidArgument, match="alpha: got a tensor; accepted: None: relu2 reads none"):
+        dataclasses.replace(gated, alpha=torch.ones(4)).check(packed_config("bf16", "relu2"), 4)
+
+
+def test_deinterleave() -> None:
+    rows = torch.arange(8).view(1, 8, 1)
+    assert deinterleave(rows).flatten().tolist() == [0, 2, 4, 6, 1, 3, 5, 7]

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config import FP8_BLOCK, MoEConfig, RoutingMethod
+from ..config import MoEConfig, RoutingMethod
 from ..errors import InvalidArgument
+from ..formats import Tokens, fp8_block, mxfp8, nvfp4
 from ..parallel import Parallel
 
 if TYPE_CHECKING:
     from ..kernels import KernelVariant
-    from ..weights import FP8BlockWeights
+    from ..weights import ExpertWeights, LayerWeights, Operands
     from ..workload import Workload
 
 Gemm = Literal["gemm1", "gemm2"]
@@ -33,6 +34,19 @@ over benchmarks/results/h200/grid.json, the mean alone made defaults 5.5 % slowe
 1.3 % with the spread; 2 gives the same as 1.5."""
 
 
+class QuantisedTokens(NamedTuple):
+    """Tokens that come to a layer quantised: values [T, columns] of a dtype, or none that do where it is None.
+
+    scales: of hidden_states_scale [T, scales], None where tokens have none. contiguous: whether it must be.
+    """
+
+    dtype: torch.dtype | None
+    columns: int
+    scales: int | None
+    scale_dtypes: tuple[torch.dtype, ...] = ()
+    contiguous: bool = True
+
+
 @dataclass(frozen=True)
 class MoEProblem:
     """A layer as one rank sees it. Raises InvalidArgument when the ranks do not divide experts or intermediate size.
@@ -45,6 +59,7 @@ class MoEProblem:
     num_local_experts: int = field(init=False)
     local_expert_offset: int = field(init=False)
     local_intermediate_size: int = field(init=False)
+    quantised_tokens: QuantisedTokens = field(init=False, repr=False, compare=False)
     _hash: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +67,12 @@ class MoEProblem:
         self.parallel.validate_experts(experts)
         object.__setattr__(self, "num_local_experts", self.parallel.num_local_experts(experts))
         object.__setattr__(self, "local_expert_offset", self.parallel.local_expert_offset(experts))
-        object.__setattr__(self, "local_intermediate_size", self.parallel.local_intermediate_size(intermediate))
+        object.__setattr__(
+            self,
+            "local_intermediate_size",
+            self.parallel.local_intermediate_size(intermediate, self.config.number_format.multiple),
+        )
+        object.__setattr__(self, "quantised_tokens", _quantised_tokens(self.config))
         object.__setattr__(self, "_hash", hash((self.config, self.parallel)))
 
     def __hash__(self) -> int:
@@ -62,21 +82,25 @@ class MoEProblem:
     def gemm_shape(self, gemm: Gemm) -> tuple[int, int]:
         """(N, K) of a GEMM: rows [M, K] x weights [N, K] -> [M, N]."""
         hidden, intermediate = self.config.hidden_size, self.local_intermediate_size
-        return (2 * intermediate, hidden) if gemm == "gemm1" else (hidden, intermediate)
+        if gemm == "gemm2":
+            return hidden, intermediate
+        return (2 if self.config.is_gated else 1) * intermediate, hidden
 
     def mean_rows(self, num_rows: int) -> float:
-        """GEMM rows of an expert in a call with num_rows rows, on average."""
-        return num_rows * self.config.top_k / self.config.num_experts
+        """GEMM rows of a routed expert in a call with num_rows rows, on average."""
+        return num_rows * self.config.routed_top_k / self.config.num_routed_experts
 
 
 # Made on every call, which takes a frozen dataclass 0.5 us and a NamedTuple 0.2.
 class LayerInputs(NamedTuple):
     """What one call of a layer reads. Either routing_logits, or topk_ids and topk_weights.
 
-    hidden_states: [T, H] bf16, or e4m3 with hidden_states_scale; contiguous.
-    hidden_states_scale: [T, H/128] f32, any strides.
+    hidden_states: [T, H] bf16, contiguous, or quantised in the format's encoding of tokens: e4m3 [T, H], or packed e2m1
+        uint8 [T, H/2] for nvfp4.
+    hidden_states_scale: of quantised tokens: f32 [T, H/128], any strides, for fp8_block; ue8m0 as uint8 [T, H/32] for
+        mxfp8; e4m3 [T, H/16] for nvfp4; None for fp8, whose one scale is the weights' input_scale.
     routing_logits: [T, E] bf16 or f32, contiguous.
-    routing_bias: [E] bf16 or f32, contiguous; DeepSeekV3 only.
+    routing_bias: [E] bf16 or f32, contiguous; where RoutingMethod.reads_bias.
     topk_ids: [T, k] int32 global ids, contiguous; -1 and ids of other ranks' experts mean no work here.
     topk_weights: [T, k] f32, contiguous.
     """
@@ -96,31 +120,30 @@ class LayerInputs(NamedTuple):
         # Every tensor is looked at on every call: to find shape, dtype, device and layout of two tensors in a table of
         # what was accepted before takes 0.55 us, to compare them here 0.65.
         config = problem.config
-        hidden = config.hidden_size
         x, scale, logits, bias, topk_ids, topk_weights = self
-        shape = x.shape
+        shape, quantised = x.shape, scale is not None or x.dtype is not torch.bfloat16
+        hidden, accepted = config.hidden_size, problem.quantised_tokens
+        if quantised:
+            if x.dtype is not accepted.dtype or (scale is None) is not (accepted.scales is None):
+                raise _not_quantised_so(config, accepted, x, scale)
+            hidden = accepted.columns
         if len(shape) != 2 or shape[1] != hidden:
             raise InvalidArgument("hidden_states", f"shape {list(shape)}", f"[num_tokens, {hidden}]")
         tokens = shape[0]
-        if scale is None:
-            if x.dtype is not torch.bfloat16:
-                accepted = "bfloat16, or float8_e4m3fn with hidden_states_scale"
-                raise InvalidArgument("hidden_states", x.dtype, accepted)
-        elif x.dtype is not torch.float8_e4m3fn:
-            raise InvalidArgument("hidden_states", x.dtype, "float8_e4m3fn when hidden_states_scale is given")
         if not x.is_contiguous():
             raise not_contiguous("hidden_states", x)
         if x.device != device:
             raise InvalidArgument("hidden_states", f"a tensor on {x.device}", f"one on {device} like the weights")
         if scale is not None:
-            check_tensor("hidden_states_scale", scale, (tokens, hidden // FP8_BLOCK), (torch.float32,), device, False)
+            scales = (tokens, accepted.scales or 0)
+            check_tensor("hidden_states_scale", scale, scales, accepted.scale_dtypes, device, accepted.contiguous)
 
         if logits is not None:
             if topk_ids is not None or topk_weights is not None:
                 raise InvalidArgument("topk_ids", "ids beside routing_logits", "either routing_logits or ready ids")
-            check_tensor("routing_logits", logits, (tokens, config.num_experts), _FLOATS, device)
+            check_tensor("routing_logits", logits, (tokens, config.num_routed_experts), _FLOATS, device)
             if bias is not None:
-                check_tensor("routing_bias", bias, (config.num_experts,), _FLOATS, device)
+                check_tensor("routing_bias", bias, (config.num_routed_experts,), _FLOATS, device)
                 check_bias_is_read(config)
             return tokens
         if topk_ids is None or topk_weights is None:
@@ -133,10 +156,38 @@ class LayerInputs(NamedTuple):
         return tokens
 
 
+def _quantised_tokens(config: MoEConfig) -> QuantisedTokens:
+    hidden, e4m3, none = config.hidden_size, torch.float8_e4m3fn, None
+    match config.number_format.tokens:
+        case Tokens.FP8_BLOCK:
+            return QuantisedTokens(e4m3, hidden, hidden // fp8_block.BLOCK, (torch.float32,), contiguous=False)
+        case Tokens.FP8:
+            return QuantisedTokens(e4m3, hidden, none)
+        case Tokens.MXFP8:
+            return QuantisedTokens(e4m3, hidden, hidden // mxfp8.BLOCK, (torch.uint8, torch.float8_e8m0fnu))
+        case Tokens.NVFP4:
+            return QuantisedTokens(torch.uint8, hidden // 2, hidden // nvfp4.BLOCK, (e4m3, torch.uint8))
+        case Tokens.BF16:
+            return QuantisedTokens(none, hidden, none)
+
+
+def _not_quantised_so(config: MoEConfig, accepted: QuantisedTokens, x: Tensor, scale: Tensor | None) -> InvalidArgument:
+    """What is wrong with tokens of another dtype, or with a scale that is not there or should not be."""
+    if scale is not None and accepted.scales is None:
+        why = "None with bf16 tokens" if accepted.dtype is None else "None: these tokens have the weights' input_scale"
+        return InvalidArgument("hidden_states_scale", "a tensor", why)
+    beside = "" if accepted.scales is None else " with hidden_states_scale"
+    quantised = "" if accepted.dtype is None else f", or {accepted.dtype}{beside}"
+    return InvalidArgument("hidden_states", x.dtype, f"torch.bfloat16{quantised} for {config.format}")
+
+
 def check_bias_is_read(config: MoEConfig) -> None:
-    if config.routing_method != RoutingMethod.DeepSeekV3:
-        method = RoutingMethod(config.routing_method).name
-        raise InvalidArgument("routing_bias", "a tensor", f"None under {method} routing", "Only DeepSeekV3 reads it.")
+    method = RoutingMethod(config.routing_method)
+    if not method.reads_bias:
+        readers = " and ".join(other.name for other in RoutingMethod if other.reads_bias)
+        raise InvalidArgument(
+            "routing_bias", "a tensor", f"None under {method.name} routing", f"Only {readers} read it."
+        )
 
 
 def check_tensor(
@@ -160,6 +211,11 @@ def check_tensor(
 
 def not_contiguous(name: str, tensor: Tensor) -> InvalidArgument:
     return InvalidArgument(name, f"strides {tensor.stride()}", "a contiguous tensor", "Call .contiguous() first.")
+
+
+def version(tensor: Tensor) -> int:
+    """Grows when the tensor is written to in place; inference tensors do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def random_inputs(problem: MoEProblem, workload: Workload, seed: int, device: torch.device) -> LayerInputs:
@@ -240,8 +296,16 @@ class Executor(Protocol):
         """The tactic of a call with num_rows tokens when there is no plan."""
         ...
 
+    def leaving_rows(self, tactic: str) -> str:
+        """The gemm2 tactic, or its like that leaves every slot's row and adds them up in a fixed order."""
+        ...
+
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         """None when the tactic can run here, else the reason why not."""
+        ...
+
+    def prepare(self, weights: LayerWeights) -> Operands:
+        """What calls read of the weights, in the layout of this device's kernels. The first time this packs them."""
         ...
 
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
@@ -251,7 +315,7 @@ class Executor(Protocol):
     def run(
         self,
         problem: MoEProblem,
-        weights: FP8BlockWeights,
+        weights: LayerWeights,
         inputs: LayerInputs,
         tactics: tuple[str, str],
         output: Tensor,
@@ -263,16 +327,17 @@ class Executor(Protocol):
         Writes output, [T, H] bf16, and returns None. With finalize=False leaves output alone and returns
         (gemm2_output [rows, H] bf16, topk_weights [T, k] f32, permuted_row [T, k] int32): slot (t, j) is row
         permuted_row[t, j] of gemm2_output, -1 where its expert is remote; rows >= the slots that are local.
+        topk_weights are ones where routing weighs the experts' input.
         """
         ...
 
     def gemm_trial(
-        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm, seed: int
+        self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, gemm: Gemm, seed: int
     ) -> GemmTrial:
         """A trial with random inputs of the workload's rows per expert."""
         ...
 
-    def layer_trial(self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int) -> LayerTrial:
+    def layer_trial(self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, seed: int) -> LayerTrial:
         """A trial of the layer on the workload's ids."""
         ...
 

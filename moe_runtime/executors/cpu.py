@@ -1,89 +1,36 @@
 """The CPU executor: plain torch, with the CUDA path's quantisation points, so that both give the same layer.
 
-A GEMM's operands are dequantised to fp32, which loses nothing against scaling e4m3 products, and accumulated there.
+A GEMM's operands are dequantised to fp32, which loses nothing against scaling products of codes, and accumulated there.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..activation import swiglu
+from ..activation import relu2, swiglu
+from ..config import RoutingMethod
 from ..errors import InvalidArgument
-from ..formats import fp8_block
+from ..formats import Tokens, Weights
+from ..formats.tokens import dequantise_tokens, round_rows
+from ..formats.weights import dequantise_weights
 from ..kernels import KernelVariant
 from ..reference import relative_error
 from ..routing import route
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights, LayerWeights, Operands
 from ..workload import Workload
-from .base import Gemm, LayerInputs, MoEProblem, TacticPair, random_inputs
+from .base import Gemm, LayerInputs, MoEProblem, TacticPair, random_inputs, version
+from .cpu_tactics import TACTICS, per_expert_loop
 
 T = TypeVar("T", bound=Hashable)
 
-# Largest padded operand that a batched tactic allocates at once; a skewed routing would otherwise need L times more.
-_PADDED_BYTES = 256 << 20
-# A segment grows while padding stays below this share of its rows.
-_PADDING = 1.25
 # Rows of a trial that the reference computes; more of them would take longer than the tactics.
 _REFERENCE_ROWS = 128
-
-
-def per_expert_loop(rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
-    """One matmul an expert that has rows."""
-    out = rows.new_empty(rows.shape[0], weights.shape[1], dtype=torch.bfloat16)
-    for expert, (start, stop) in enumerate(_spans(counts)):
-        if start < stop:
-            out[start:stop] = rows[start:stop] @ weights[expert].T
-    return out
-
-
-def padded_batch(rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
-    """One batched matmul over all experts, each padded to the rows of the fullest."""
-    out = rows.new_empty(rows.shape[0], weights.shape[1], dtype=torch.bfloat16)
-    height = max(counts)
-    step = max(1, _PADDED_BYTES // max(1, height * sum(weights.shape[1:]) * rows.element_size()))
-    spans = _spans(counts)
-    for first in range(0, len(counts), step):
-        last = min(first + step, len(counts))
-        part = slice(spans[first][0], spans[last - 1][1])
-        out[part] = _padded(rows[part], counts[first:last], weights[first:last], height)
-    return out
-
-
-def sorted_segments(rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
-    """One batched matmul for each run of neighbouring experts with about as many rows; none for empty experts."""
-    out = rows.new_empty(rows.shape[0], weights.shape[1], dtype=torch.bfloat16)
-    spans = _spans(counts)
-    budget = _PADDED_BYTES // (sum(weights.shape[1:]) * rows.element_size())
-    for first, last in _segments(counts, budget):
-        part, segment = slice(spans[first][0], spans[last - 1][1]), counts[first:last]
-        height = max(segment)
-        if min(segment) == height:
-            batch = rows[part].view(last - first, height, -1)
-            out[part] = torch.bmm(batch, weights[first:last].mT).flatten(0, 1)
-        else:
-            out[part] = _padded(rows[part], segment, weights[first:last], height)
-    return out
-
-
-def grouped_mm(rows: Tensor, counts: list[int], weights: Tensor) -> Tensor:
-    """torch's own grouped matmul over row offsets."""
-    if not rows.shape[0]:
-        return rows.new_empty(0, weights.shape[1], dtype=torch.bfloat16)
-    offsets = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
-    result: Tensor = torch._grouped_mm(rows, weights.mT, offs=offsets)
-    return result.to(torch.bfloat16)
-
-
-TACTICS: dict[str, Callable[[Tensor, list[int], Tensor], Tensor]] = {
-    tactic.__name__: tactic for tactic in (per_expert_loop, padded_batch, sorted_segments, grouped_mm)
-}
 
 
 class CpuExecutor:
@@ -97,7 +44,7 @@ class CpuExecutor:
 
     def __init__(self) -> None:
         # Dequantising takes longer than the GEMMs of a small batch, so it happens once. Weak keys: the fp32 copy is
-        # four times the size of the weights and must go when they go.
+        # two to eight times the size of the weights and must go when they go.
         self._dense = WeakTensorKeyDictionary()
 
     def free_bytes(self) -> None:
@@ -110,12 +57,18 @@ class CpuExecutor:
         """per_expert_loop: whatever the routing it neither pads nor reads the weights of an idle expert."""
         return per_expert_loop.__name__
 
+    def leaving_rows(self, tactic: str) -> str:
+        return tactic
+
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in TACTICS:
             return f"no such tactic on the CPU; there are {', '.join(TACTICS)}"
-        if tactic == grouped_mm.__name__ and not hasattr(torch, "_grouped_mm"):
+        if tactic == "grouped_mm" and not hasattr(torch, "_grouped_mm"):
             return f"torch {torch.__version__} has no _grouped_mm"
         return None
+
+    def prepare(self, weights: LayerWeights) -> Operands:
+        return weights.operands
 
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         return 0
@@ -124,45 +77,43 @@ class CpuExecutor:
     def run(
         self,
         problem: MoEProblem,
-        weights: FP8BlockWeights,
+        weights: LayerWeights,
         inputs: LayerInputs,
         tactics: tuple[str, str],
         output: Tensor,
         workspace: Tensor | None,
         finalize: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
+        operands = self.prepare(weights)
         topk_ids, topk_weights = self._topk(problem, inputs)
         slots, permuted_row, counts = _permute(problem, topk_ids)
-        if inputs.hidden_states_scale is None:
-            values, scale = fp8_block.quantise_rows(inputs.hidden_states)
-        else:
-            values, scale = inputs.hidden_states, inputs.hidden_states_scale
-        rows = fp8_block.dequantise_rows(values, scale)[slots // topk_ids.shape[1]]
+        expert_of_row = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        weighs_input = RoutingMethod(problem.config.routing_method).weighs_input
+        rows = _gather(problem, operands, inputs, slots, topk_weights if weighs_input else None)
 
-        gate_up = self._matmul(problem, "gemm1", tactics[0], rows, counts, weights.gate_up, weights.gate_up_scale)
-        activation = swiglu(gate_up, weights.gate_first, problem.config.clamp_limit)
-        rows = fp8_block.dequantise_rows(*fp8_block.quantise_rows(activation))
-        result = self._matmul(problem, "gemm2", tactics[1], rows, counts, weights.down, weights.down_scale)
+        gate_up = self._matmul(problem, "gemm1", tactics[0], rows, counts, operands)
+        gate_up = _scaled(gate_up, expert_of_row, operands.gemm1_scale, operands.gemm1_bias)
+        rows = _activate(problem, operands, gate_up, expert_of_row)
+        result = self._matmul(problem, "gemm2", tactics[1], rows, counts, operands)
+        result = _scaled(result, expert_of_row, operands.gemm2_scale, operands.gemm2_bias)
+        if weighs_input:
+            topk_weights = torch.ones_like(topk_weights)
         if not finalize:
             return result, topk_weights, permuted_row
         _combine(result, topk_weights, permuted_row, output)
         return None
 
     def gemm_trial(
-        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm, seed: int
+        self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, gemm: Gemm, seed: int
     ) -> CpuGemmTrial:
         counts: list[int] = workload.rows_per_expert.tolist()
-        values, scale = (
-            (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
-        )
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(sum(counts), values.shape[2], generator=generator)
-        rows = fp8_block.dequantise_rows(*fp8_block.quantise_rows(x))
-        return CpuGemmTrial(rows, counts, values, scale, self._dequantised(values, scale))
+        x = torch.randn(sum(counts), problem.gemm_shape(gemm)[1], generator=generator)
+        rows = round_rows(problem.config.number_format.tokens, x).float()
+        encoding, values, scale = _matrix(problem, weights.operands, gemm)
+        return CpuGemmTrial(rows, counts, encoding, values, scale, self._dequantised(encoding, values, scale))
 
-    def layer_trial(
-        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int
-    ) -> CpuLayerTrial:
+    def layer_trial(self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, seed: int) -> CpuLayerTrial:
         return CpuLayerTrial(self, problem, weights, random_inputs(problem, workload, seed, torch.device("cpu")))
 
     def _topk(self, problem: MoEProblem, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
@@ -176,25 +127,25 @@ class CpuExecutor:
         return inputs.topk_ids, inputs.topk_weights
 
     def _matmul(
-        self,
-        problem: MoEProblem,
-        gemm: Gemm,
-        tactic: str,
-        rows: Tensor,
-        counts: list[int],
-        values: Tensor,
-        scale: Tensor,
+        self, problem: MoEProblem, gemm: Gemm, tactic: str, rows: Tensor, counts: list[int], operands: Operands
     ) -> Tensor:
+        """Sums [M, N]: f32 where they are yet to be scaled or biased, else rounded to bf16."""
         reason = self.can_implement(problem, gemm, tactic)
         if reason is not None:
             raise InvalidArgument("tactics", f"{tactic} for {gemm}", "a tactic that this machine runs", reason)
-        return TACTICS[tactic](rows, counts, self._dequantised(values, scale))
+        follows = (
+            (operands.gemm1_scale, operands.gemm1_bias)
+            if gemm == "gemm1"
+            else (operands.gemm2_scale, operands.gemm2_bias)
+        )
+        dtype = torch.bfloat16 if follows == (None, None) else torch.float32
+        return TACTICS[tactic](rows, counts, self._dequantised(*_matrix(problem, operands, gemm)), dtype)
 
-    def _dequantised(self, values: Tensor, scale: Tensor) -> Tensor:
-        state = (_version(values), _version(scale))
+    def _dequantised(self, encoding: Weights, values: Tensor, scale: Tensor | None) -> Tensor:
+        state = (version(values), None if scale is None else version(scale))
         cached = self._dense.get(values)
         if cached is None or cached[0] is not scale or cached[1] != state:
-            cached = (scale, state, fp8_block.dequantise_blocks(values, scale))
+            cached = (scale, state, dequantise_weights(encoding, values, scale))
             self._dense[values] = cached
         dense: Tensor = cached[2]
         return dense
@@ -203,12 +154,20 @@ class CpuExecutor:
 class CpuGemmTrial:
     """One grouped GEMM with random rows; see `base.GemmTrial`."""
 
-    def __init__(self, rows: Tensor, counts: list[int], values: Tensor, scale: Tensor, weights: Tensor) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        counts: list[int],
+        encoding: Weights,
+        values: Tensor,
+        scale: Tensor | None,
+        weights: Tensor,
+    ) -> None:
         self._rows, self._counts, self._weights = rows, counts, weights
-        self._values, self._scale = values, scale
+        self._encoding, self._values, self._scale = encoding, values, scale
 
     def run(self, tactic: str) -> Tensor:
-        return TACTICS[tactic](self._rows, self._counts, self._weights)
+        return TACTICS[tactic](self._rows, self._counts, self._weights, torch.bfloat16)
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """At most 128 rows, spread evenly, in float64 on weights dequantised anew."""
@@ -218,7 +177,8 @@ class CpuGemmTrial:
         values = torch.empty(len(index), self._values.shape[1])
         for expert in expert_of_row[index].unique().tolist():
             mine = expert_of_row[index] == expert
-            weight = fp8_block.dequantise_blocks(self._values[expert], self._scale[expert], torch.float64)
+            scale = None if self._scale is None else self._scale[expert]
+            weight = dequantise_weights(self._encoding, self._values[expert], scale, torch.float64)
             values[mine] = (self._rows[index[mine]].double() @ weight.T).float()
         return index, values
 
@@ -232,9 +192,7 @@ class CpuGemmTrial:
 class CpuLayerTrial:
     """`CpuExecutor.run` on random rows; see `base.LayerTrial`."""
 
-    def __init__(
-        self, executor: CpuExecutor, problem: MoEProblem, weights: FP8BlockWeights, inputs: LayerInputs
-    ) -> None:
+    def __init__(self, executor: CpuExecutor, problem: MoEProblem, weights: LayerWeights, inputs: LayerInputs) -> None:
         self._executor, self._problem, self._weights, self._inputs = executor, problem, weights, inputs
         self._output = torch.empty_like(inputs.hidden_states)
 
@@ -258,9 +216,63 @@ def _timed(run: Callable[[T], object], names: Sequence[T], repeats: int) -> dict
     return times
 
 
-def _version(tensor: Tensor) -> int:
-    """Grows when the tensor is written to in place; inference tensors do not count."""
-    return 0 if tensor.is_inference() else tensor._version
+def _matrix(problem: MoEProblem, operands: Operands, gemm: Gemm) -> tuple[Weights, Tensor, Tensor | None]:
+    """(encoding, values, scale) of a GEMM's weights."""
+    encoding = problem.config.number_format.weights
+    if gemm == "gemm1":
+        return encoding, operands.gate_up, operands.gate_up_scale
+    return encoding, operands.down, operands.down_scale
+
+
+def _gather(
+    problem: MoEProblem, operands: Operands, inputs: LayerInputs, slots: Tensor, input_weights: Tensor | None
+) -> Tensor:
+    """Rows [M, H] f32 of the slots, rounded through the encoding. input_weights: [T, 1], which multiply the input."""
+    tokens, top_k = problem.config.number_format.tokens, problem.config.top_k
+    x, is_quantised = inputs.hidden_states, inputs.hidden_states.dtype != torch.bfloat16
+    if is_quantised:
+        rows = dequantise_tokens(tokens, x, inputs.hidden_states_scale)
+    if input_weights is not None and tokens != Tokens.FP8_BLOCK:
+        # One product of both factors, as the kernels take it.
+        factor = input_weights if is_quantised else input_weights / operands.input_scale
+        rows = round_rows(tokens, (rows if is_quantised else x.float()) * factor)
+    elif not is_quantised:
+        rows = round_rows(tokens, x, operands.input_scale)
+    rows = rows.float()
+    if input_weights is not None and tokens == Tokens.FP8_BLOCK:
+        rows = rows * input_weights  # its scales take them, and codes stay as they are
+    return rows[slots // top_k]
+
+
+def _scaled(sums: Tensor, expert_of_row: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """bf16(scale * sums + bias), each expert's own."""
+    if scale is not None:
+        sums = sums * scale[expert_of_row, None]
+    if bias is not None:
+        sums = sums + bias[expert_of_row]
+    return sums.to(torch.bfloat16)
+
+
+def _activate(problem: MoEProblem, operands: Operands, gate_up: Tensor, expert_of_row: Tensor) -> Tensor:
+    """gate_up [M, N1] bf16 -> rows [M, I] f32 of GEMM2, rounded through the encoding."""
+    config = problem.config
+
+    def of_row(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[expert_of_row, None]
+
+    if config.is_gated:
+        clamp = of_row(operands.clamp)
+        rows = swiglu(
+            gate_up,
+            operands.gate_first,
+            config.clamp_limit if clamp is None else clamp,
+            of_row(operands.alpha),
+            of_row(operands.beta),
+        )
+    else:
+        rows = relu2(gate_up)
+    multiplier = of_row(operands.activation_multiplier)
+    return round_rows(config.number_format.tokens, rows if multiplier is None else rows * multiplier).float()
 
 
 def _permute(problem: MoEProblem, topk_ids: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -283,33 +295,3 @@ def _combine(rows: Tensor, topk_weights: Tensor, permuted_row: Tensor, output: T
     for slot in range(permuted_row.shape[1]):
         total += weights[:, slot, None] * padded[permuted_row[:, slot]]
     output.copy_(total)
-
-
-def _spans(counts: list[int]) -> list[tuple[int, int]]:
-    """First and last + 1 row of each expert."""
-    ends = list(accumulate(counts))
-    return [(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def _padded(rows: Tensor, counts: list[int], weights: Tensor, height: int) -> Tensor:
-    """rows [sum(counts), K] x weights [n, N, K] -> [sum(counts), N] by one batched matmul of [n, height, K]."""
-    taken = torch.arange(height) < torch.tensor(counts)[:, None]
-    batch = rows.new_zeros(len(counts), height, rows.shape[1])
-    batch[taken] = rows
-    return torch.bmm(batch, weights.mT)[taken]
-
-
-def _segments(counts: list[int], max_rows: int) -> Iterator[tuple[int, int]]:
-    """Runs (first, last + 1) of experts that have rows, within the padding and memory limits."""
-    first, height, rows = 0, 0, 0
-    for expert, count in enumerate(counts):
-        taller = max(height, count)
-        padded = (expert + 1 - first) * taller
-        if rows and (count == 0 or padded > _PADDING * (rows + count) or padded > max_rows):
-            yield first, expert
-            rows, taller = 0, count
-        if rows == 0:
-            first = expert
-        height, rows = taller, rows + count
-    if rows:
-        yield first, len(counts)

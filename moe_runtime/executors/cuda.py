@@ -8,12 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..config import RoutingMethod
 from ..errors import InvalidArgument, KernelError, Unsupported
+from ..formats import Weights
 from ..kernels import (
     DTYPE_BF16,
+    DTYPE_E2M1,
     DTYPE_E4M3,
     DTYPE_F32,
+    Activation,
     KernelLibrary,
     KernelVariant,
     LayerArguments,
@@ -21,15 +23,19 @@ from ..kernels import (
     WorkspaceLayout,
     load_library,
 )
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights, LayerWeights, Operands
 from ..workload import Workload
 from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair, able_tactics
-from .default_tactic import default_variant
+from .default_tactic import default_variant, twin
 
 ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
 _TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
 # Plain integers: combining two flags of an enum takes 0.4 us.
 _ROUTE, _COMBINE = int(Stage.ROUTE), int(Stage.COMBINE)
+_FACTORS = (
+    "gemm1_scale", "gemm1_bias", "alpha", "beta", "clamp", "activation_multiplier", "gemm2_scale", "gemm2_bias",
+)  # fmt: skip
+"""Fields of Operands and of LayerArguments alike."""
 _AFTER_ROUTING = int(Stage.PERMUTE | Stage.GATHER | Stage.GEMM1 | Stage.ACTIVATION | Stage.GEMM2)
 
 
@@ -65,26 +71,44 @@ class CudaExecutor:
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
-        return tuple(self._variants)
+        """The variants that read the format's weights."""
+        encoding = problem.config.number_format.weights
+        return tuple(name for name, variant in self._variants.items() if variant.weights == encoding)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
         return self._default(problem, gemm, num_rows)
 
     def _choose_default(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
         able = [self._variants[name] for name in able_tactics(self, problem, gemm)]
+        if not able:
+            raise Unsupported(f"{self.library.path.name} has no kernel for {gemm} of {problem}. {_TUNE_AGAIN}")
         return default_variant(able, problem, gemm, num_rows, self.sm_count).name
+
+    def leaving_rows(self, tactic: str) -> str:
+        variant = self._variants.get(tactic)
+        return tactic if variant is None else twin(variant, self._variants.values(), "combine", "").name
 
     def can_implement(self, problem: MoEProblem, gemm: Gemm, tactic: str) -> str | None:
         if tactic not in self._variants:
             return f"no variant {tactic} in {self.library.path.name}"
         variant, (n, _) = self._variants[tactic], problem.gemm_shape(gemm)
+        if variant.weights != problem.config.number_format.weights:
+            return f"it reads {variant.weights.name.lower()} weights"
         if variant.swiglu and gemm == "gemm2":
             return "it applies the activation, which only gemm1 has"
-        if n % variant.weight_rows:
+        if variant.combines and gemm == "gemm1":
+            return "it adds up the experts' results, which only gemm2 has"
+        if variant.swiglu and not problem.config.is_gated:
+            return f"it applies SwiGLU, not {problem.config.activation}"
+        # Tiles of packed weights are padded to what a kernel takes at a time.
+        if variant.weights == Weights.FP8_BLOCK and n % variant.weight_rows:
             return f"{n} rows of weights are no multiple of the {variant.weight_rows} that it takes at a time"
         if self._layout(problem, 1) is None:
             return "the shape is outside what the kernels implement (top_k <= 32, num_experts <= 1024, n_group <= 32)"
         return None
+
+    def prepare(self, weights: LayerWeights) -> Operands:
+        return weights.tiled_operands
 
     def workspace_bytes(self, problem: MoEProblem, num_tokens: int) -> int:
         return self._bytes(problem, num_tokens)
@@ -98,7 +122,7 @@ class CudaExecutor:
     def run(
         self,
         problem: MoEProblem,
-        weights: FP8BlockWeights,
+        weights: LayerWeights,
         inputs: LayerInputs,
         tactics: tuple[str, str],
         output: Tensor,
@@ -119,7 +143,7 @@ class CudaExecutor:
     def arguments(
         self,
         problem: MoEProblem,
-        weights: FP8BlockWeights,
+        weights: LayerWeights,
         inputs: LayerInputs,
         tactics: tuple[str, str],
         output: Tensor | None,
@@ -128,10 +152,14 @@ class CudaExecutor:
         """The native call's arguments, without stages. They hold addresses, not tensors: keep those alive."""
         x, scale, logits, bias, topk_ids, topk_weights = inputs
         # A fresh copy, because the native call runs without the interpreter's lock.
-        args = LayerArguments.from_buffer_copy(self._template(problem, x.shape[0], tactics, weights.gate_first))
+        operands = weights.tiled_operands
+        args = LayerArguments.from_buffer_copy(
+            self._template(problem, x.shape[0], tactics, operands.gate_first, operands.input_scale)
+        )
         args.hidden_states = x.data_ptr()
+        if x.dtype is not torch.bfloat16:
+            args.hidden_states_dtype = DTYPE_E2M1 if x.dtype is torch.uint8 else DTYPE_E4M3
         if scale is not None:
-            args.hidden_states_dtype = DTYPE_E4M3
             args.hidden_states_scale = scale.data_ptr()
             args.scale_token_stride, args.scale_block_stride = scale.stride()
         if logits is not None:
@@ -144,10 +172,16 @@ class CudaExecutor:
             args.topk_ids = topk_ids.data_ptr()
             args.topk_weights = topk_weights.data_ptr()
         # Asked for on every call, 0.3 us, because torch can move a tensor to other memory behind its owner's back.
-        args.gemm1_weights = weights.gate_up.data_ptr()
-        args.gemm1_weights_scale = weights.gate_up_scale.data_ptr()
-        args.gemm2_weights = weights.down.data_ptr()
-        args.gemm2_weights_scale = weights.down_scale.data_ptr()
+        args.gemm1_weights = operands.gate_up.data_ptr()
+        args.gemm2_weights = operands.down.data_ptr()
+        if operands.gate_up_scale is not None and operands.down_scale is not None:
+            args.gemm1_weights_scale = operands.gate_up_scale.data_ptr()
+            args.gemm2_weights_scale = operands.down_scale.data_ptr()
+        else:  # the tiles hold them, and only such layers have factors
+            for name in _FACTORS:
+                factor = getattr(operands, name)
+                if factor is not None:
+                    setattr(args, name, factor.data_ptr())
         if output is not None:
             args.output = output.data_ptr()
         args.workspace = workspace.data_ptr()
@@ -189,13 +223,13 @@ class CudaExecutor:
         return workspace[start : start + count].view(dtype).view(shape)
 
     def gemm_trial(
-        self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, gemm: Gemm, seed: int
+        self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, gemm: Gemm, seed: int
     ) -> GemmTrial:
         from .cuda_trial import CudaGemmTrial
 
         return CudaGemmTrial(self, problem, weights, workload, gemm, seed)
 
-    def layer_trial(self, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int) -> LayerTrial:
+    def layer_trial(self, problem: MoEProblem, weights: ExpertWeights, workload: Workload, seed: int) -> LayerTrial:
         from .cuda_trial import CudaLayerTrial
 
         return CudaLayerTrial(self, problem, weights, workload, seed)
@@ -208,11 +242,13 @@ class CudaExecutor:
         weights = inputs.topk_weights
         if weights is None:
             weights = view("topk_weights", (tokens, k), torch.float32)
+        if problem.config.routing_method.weighs_input:
+            weights = torch.ones_like(weights)
         rows = view("gemm2_output", (tokens * k, hidden), torch.bfloat16)
         return rows, weights, view("permuted_row", (tokens, k), torch.int32)
 
     def _make_template(
-        self, problem: MoEProblem, num_tokens: int, tactics: TacticPair, gate_first: bool
+        self, problem: MoEProblem, num_tokens: int, tactics: TacticPair, gate_first: bool, input_scale: float
     ) -> LayerArguments:
         """What calls have in common that differ in their tensors only."""
         args = self._shape(problem, num_tokens)
@@ -222,6 +258,7 @@ class CudaExecutor:
         except KeyError as unknown:
             raise InvalidArgument("tactics", unknown, f"variants of {self.library.path.name}", _TUNE_AGAIN) from None
         args.gate_first = gate_first
+        args.input_scale_inverse = 1 / input_scale
         return args
 
     def _shape(self, problem: MoEProblem, num_tokens: int) -> LayerArguments:
@@ -234,12 +271,17 @@ class CudaExecutor:
             top_k=config.top_k,
             local_expert_offset=problem.local_expert_offset,
             num_local_experts=problem.num_local_experts,
-            routing_method=RoutingMethod(config.routing_method).value,
+            weights=config.number_format.weights,
+            tokens=config.number_format.tokens,
+            activation=Activation[config.activation.upper()],
+            routing_method=config.routing_method,
             n_group=config.n_group,
             topk_group=config.topk_group,
+            num_fused_shared_experts=config.num_fused_shared_experts,
             routed_scaling_factor=config.routed_scaling_factor,
             clamp_limit=config.clamp_limit or 0.0,
             hidden_states_dtype=DTYPE_BF16,
+            input_scale_inverse=1.0,
             sm_count=self.sm_count,
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor
 
 from ..activation import swiglu
-from ..formats.fp8_block import BLOCK, dequantise_blocks, dequantise_rows, rounding_of_rows
+from ..formats import Tokens
+from ..formats.fp8_block import BLOCK, dequantise_rows, rounding_of_rows
+from ..formats.weights import dequantise_weights
 from ..kernels import LayerArguments, Stage
 from ..reference import relative_error
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights
 from ..workload import Workload
-from .base import Gemm, MoEProblem, TacticPair, able_tactics, random_inputs
+from .base import GEMMS, Gemm, MoEProblem, TacticPair, able_tactics, random_inputs
 
 if TYPE_CHECKING:
     from .cuda import CudaExecutor
@@ -25,6 +28,7 @@ T = TypeVar("T", bound=Hashable)
 GRAPH_MICROSECONDS = 1000.0
 """Work captured in one graph: enough that the launch of the graph itself, about 8 us, is below 1 %."""
 MAX_LAUNCHES_A_GRAPH = 40
+ONE = int(torch.ones((), dtype=torch.float32).view(torch.int32))
 CHECKED_EXPERTS = 6
 CHECKED_ROWS_AN_EXPERT = 16
 
@@ -32,31 +36,33 @@ CHECKED_ROWS_AN_EXPERT = 16
 class CudaGemmTrial:
     """Rows are random, quantised by the layer's own stages; the reference reads them back and dequantises.
 
-    alone: times a gemm1 that fuses no activation without the activation's kernel.
+    gemm1 is timed with the activation and gemm2 with the weighted sum, in kernels of their own where the tactic fuses
+    neither. alone: without those kernels.
     """
 
     def __init__(
         self,
         executor: CudaExecutor,
         problem: MoEProblem,
-        weights: FP8BlockWeights,
+        weights: ExpertWeights,
         workload: Workload,
         gemm: Gemm,
         seed: int,
         alone: bool = False,
     ) -> None:
         self._workload, self._problem, self._variants = workload, problem, executor.variants
-        self._gate_first = weights.gate_first
+        self._gemm, self._operands, self._formats = gemm, weights.operands, problem.config.number_format
         tokens, device = workload.num_rows, executor.device
         inputs = random_inputs(problem, workload, seed, device)
         workspace = torch.empty(executor.workspace_bytes(problem, tokens), dtype=torch.uint8, device=device)
-        self._kept = (weights, inputs, workspace)  # of which the arguments hold addresses
+        output = torch.empty_like(inputs.hidden_states)
+        self._kept = (weights, inputs, workspace, output)  # of which the arguments hold addresses
 
         def call(gemm1: str, gemm2: str) -> LayerArguments:
-            return executor.arguments(problem, weights, inputs, (gemm1, gemm2), None, workspace)
+            return executor.arguments(problem, weights, inputs, (gemm1, gemm2), output, workspace)
 
         # Runs as either GEMM and fuses nothing, so that the preparing stages leave their own results.
-        plain = next(name for name, variant in executor.variants.items() if not variant.swiglu)
+        plain = next(name for name in able_tactics(executor, problem, "gemm2") if executor.variants[name].stores_rows)
         arguments = {
             name: call(name, plain) if gemm == "gemm1" else call(plain, name)
             for name in able_tactics(executor, problem, gemm)
@@ -67,43 +73,61 @@ class CudaGemmTrial:
         def view(region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
             return executor.view(problem, workspace, tokens, region, shape, dtype)[:rows]
 
+        def quantised(region: str, scales: str, width: int) -> tuple[Tensor, Tensor | None]:
+            if self._formats.tokens != Tokens.FP8_BLOCK:
+                return view(region, (slots, width), torch.bfloat16), None
+            values = view(region, (slots, width), torch.float8_e4m3fn)
+            return values, view(scales, (slots, width // BLOCK), torch.float32)
+
         prepare = Stage.PERMUTE | Stage.GATHER
+        self._origins = view("row_origins", (slots, 2), torch.int32)
         if gemm == "gemm1":
-            self.tokens = view("rows", (slots, k), torch.float8_e4m3fn)
-            self.scales = view("row_scales", (slots, k // BLOCK), torch.float32)
+            self.tokens, self.scales = quantised("rows", "row_scales", k)
             self._output = view("gemm1_output", (slots, n), torch.bfloat16)
-            self._activation = view("activation", (slots, n // 2), torch.float8_e4m3fn)
-            self._activation_scales = view("activation_scales", (slots, n // 2 // BLOCK), torch.float32)
-            self._expert_weights, self._expert_scales = weights.gate_up, weights.gate_up_scale
+            inter = problem.local_intermediate_size
+            self._activation, self._activation_scales = quantised("activation", "activation_scales", inter)
         else:
             generator = torch.Generator(device).manual_seed(seed)
-            view("gemm1_output", (slots, 2 * k), torch.bfloat16).normal_(generator=generator)
-            self.tokens = view("activation", (slots, k), torch.float8_e4m3fn)
-            self.scales = view("activation_scales", (slots, k // BLOCK), torch.float32)
+            width = problem.gemm_shape("gemm1")[0]
+            view("gemm1_output", (slots, width), torch.bfloat16).normal_(generator=generator)
+            self.tokens, self.scales = quantised("activation", "activation_scales", k)
             self._output = view("gemm2_output", (slots, n), torch.bfloat16)
-            self._expert_weights, self._expert_scales = weights.down, weights.down_scale
             prepare |= Stage.ACTIVATION
         executor.launch(call(plain, plain), prepare)
-        stages = Stage.GEMM1 if gemm == "gemm1" else Stage.GEMM2
-        if gemm == "gemm1" and not alone:
-            stages |= Stage.ACTIVATION
+        stages, after = (Stage.GEMM1, Stage.ACTIVATION) if gemm == "gemm1" else (Stage.GEMM2, Stage.COMBINE)
+        whole = stages | after
+        if not alone:
+            stages = whole
 
         def launch(tactic: str) -> None:
-            executor.launch(arguments[tactic], stages)
+            executor.launch(arguments[tactic], whole if executor.variants[tactic].combines else stages)
 
-        self._launch = launch
-        self._timer = _Timer(launch, workload.busy_experts * n * k, device)
+        self._arguments, self._launch = arguments, functools.partial(executor.launch, stages=whole)
+        weights_bytes = workload.busy_experts * n * k * self._formats.weights.bytes_per_value
+        self._timer = _Timer(launch, weights_bytes, device)
 
     def run(self, tactic: str) -> Tensor:
         """Poisons the output first, so that an element left unwritten shows as NaN."""
-        if self._variants[tactic].swiglu:
-            self._activation.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
-            self._activation_scales.fill_(float("nan"))
-            self._launch(tactic)
-            return dequantise_rows(self._activation, self._activation_scales)
-        self._output.fill_(float("nan"))
-        self._launch(tactic)
-        return self._output
+        variant, args = self._variants[tactic], LayerArguments.from_buffer_copy(self._arguments[tactic])
+        origins = self._origins.clone()
+        if variant.gathers or variant.combines:
+            # Every row as a token of its own, with weight 1: then gemm1 gathers the rows that lie here, and what gemm2
+            # adds to zeros is a row's result.
+            self._origins[:, 0] = torch.arange(len(origins), device=origins.device)
+            self._origins[:, 1] = ONE
+            args.output = self._output.data_ptr()
+        self._output.fill_(0.0 if variant.combines else float("nan"))
+        if not variant.swiglu:
+            self._launch(args)
+            self._origins.copy_(origins)
+            return self._output
+        scales = self._activation_scales
+        assert scales is not None  # such kernels are of fp8_block
+        self._activation.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
+        scales.fill_(float("nan"))
+        self._launch(args)
+        self._origins.copy_(origins)
+        return dequantise_rows(self._activation, scales)
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """Rows of a few experts, the fullest and the emptiest among them, in float32 on dequantised operands."""
@@ -117,16 +141,30 @@ class CudaGemmTrial:
             count, first = int(counts[expert]), int(first_rows[expert])
             picks = torch.unique(torch.linspace(0, count - 1, min(CHECKED_ROWS_AN_EXPERT, count)).round().long())
             rows = (first + picks).to(self.tokens.device)
-            tokens = dequantise_rows(self.tokens.view(torch.uint8)[rows].view(torch.float8_e4m3fn), self.scales[rows])
-            weight = dequantise_blocks(self._expert_weights[expert], self._expert_scales[expert])
             index.append(rows)
-            values.append(tokens @ weight.T)
+            values.append(self._product(expert, rows))
         return torch.cat(index), torch.cat(values)
+
+    def _product(self, expert: int, rows: Tensor) -> Tensor:
+        """The rows' exact results [S, N] f32, with the expert's scale and bias."""
+        if self.scales is None:
+            tokens = self.tokens[rows].float()
+        else:
+            codes = self.tokens.view(torch.uint8)[rows].view(torch.float8_e4m3fn)
+            tokens = dequantise_rows(codes, self.scales[rows])
+        o, first = self._operands, self._gemm == "gemm1"
+        values, scales = (o.gate_up, o.gate_up_scale) if first else (o.down, o.down_scale)
+        factor, bias = (o.gemm1_scale, o.gemm1_bias) if first else (o.gemm2_scale, o.gemm2_bias)
+        weight = dequantise_weights(self._formats.weights, values[expert], None if scales is None else scales[expert])
+        product = tokens @ weight.T
+        if factor is not None:
+            product = product * factor[expert]
+        return product if bias is None else product + bias[expert]
 
     def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
         if not self._variants[tactic].swiglu:
             return relative_error(rows, expected)
-        exact = swiglu(expected, self._gate_first, self._problem.config.clamp_limit)
+        exact = swiglu(expected, self._operands.gate_first, self._problem.config.clamp_limit)
         beyond = ((rows - exact).abs() - rounding_of_rows(exact)).clamp(min=0)
         return float(beyond.norm() / exact.norm())
 
@@ -138,7 +176,7 @@ class CudaLayerTrial:
     """`CudaExecutor.run` on random rows; see `base.LayerTrial`."""
 
     def __init__(
-        self, executor: CudaExecutor, problem: MoEProblem, weights: FP8BlockWeights, workload: Workload, seed: int
+        self, executor: CudaExecutor, problem: MoEProblem, weights: ExpertWeights, workload: Workload, seed: int
     ) -> None:
         inputs = random_inputs(problem, workload, seed, executor.device)
         output = torch.empty_like(inputs.hidden_states)
@@ -148,8 +186,9 @@ class CudaLayerTrial:
         def launch(pair: TacticPair) -> None:
             executor.run(problem, weights, inputs, pair, output, workspace)
 
-        hidden, inter = problem.gemm_shape("gemm2")
-        self._timer = _Timer(launch, workload.busy_experts * 3 * hidden * inter, executor.device)
+        values = sum(math.prod(problem.gemm_shape(gemm)) for gemm in GEMMS)
+        weights_bytes = workload.busy_experts * values * problem.config.number_format.weights.bytes_per_value
+        self._timer = _Timer(launch, weights_bytes, executor.device)
 
     def time(self, pairs: Sequence[TacticPair], repeats: int) -> dict[TacticPair, list[float]]:
         return self._timer.time(pairs, repeats)
@@ -173,7 +212,7 @@ class _Timer(Generic[T]):
     gigabytes until the garbage collector comes by.
     """
 
-    def __init__(self, launch: Callable[[T], object], weights_bytes: int, device: torch.device) -> None:
+    def __init__(self, launch: Callable[[T], object], weights_bytes: float, device: torch.device) -> None:
         self._launch = launch
         # Kept from heat to heat: to estimate, capture and warm up takes as long as three rounds.
         self._graphs: dict[T, tuple[torch.cuda.CUDAGraph, int]] = {}

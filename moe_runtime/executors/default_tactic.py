@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..kernels import KernelVariant
 from .base import Gemm, MoEProblem, rows_to_hold
@@ -17,13 +17,14 @@ def default_variant(
 ) -> KernelVariant:
     """Of the variants that can run a GEMM of a call with num_rows rows, the one to run without having measured.
 
-    The least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays. Both GEMMs
-    with their defaults against the fastest of each, over benchmarks/results/h200/grid.json (held by a test): random
-    routing is 0.3 % slower on average and 3 % at worst, balanced 0.7 and 8 %, zipf:1.0 0.9 and 6 %.
+    The least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and its
+    twin that gathers or combines, where there is one: it was never slower. Both GEMMs with their defaults against the
+    fastest of each, over benchmarks/results/h200/grid.json (held by a test): random routing is 0.3 % slower on average
+    and 3 % at worst, balanced 0.7 and 8 %, zipf:1.0 0.9 and 6 %.
     """
     mean = problem.mean_rows(num_rows)
     rows = rows_to_hold(mean)
-    plain = [variant for variant in able if not variant.swiglu]
+    plain = [variant for variant in able if variant.stores_rows]
     tiles = sorted({variant.token_tile for variant in plain})
     tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
     # Of experts with a Poisson number of rows, those that have any.
@@ -36,9 +37,17 @@ def default_variant(
         work = busy * columns / variant.weight_tile * max(1.0, mean / variant.token_tile)
         return holds and work >= sm_count / 2
 
-    fused = [variant for variant in able if variant.swiglu and pays(variant)]
+    fused = [variant for variant in able if variant.swiglu and not variant.gathers and pays(variant)]
     if fused:
-        return min(fused, key=lambda variant: variant.token_tile)
+        return twin(min(fused, key=lambda variant: variant.token_tile), able, "swiglu", "gather_swiglu")
     # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
     suited = [variant for variant in plain if variant.token_tile == tile]
-    return (min if tile <= NARROW else max)(suited, key=lambda variant: variant.weight_tile)
+    chosen = (min if tile <= NARROW else max)(suited, key=lambda variant: variant.weight_tile)
+    return twin(chosen, able, "", "combine")
+
+
+def twin(variant: KernelVariant, others: Iterable[KernelVariant], end: str, other_end: str) -> KernelVariant:
+    """The one of `others` whose name has another end, such as "combine" or "" for none; the variant itself where there
+    is none."""
+    name = "_".join(filter(None, (variant.name.removesuffix(end).removesuffix("_"), other_end)))
+    return next((other for other in others if variant.name.endswith(end) and other.name == name), variant)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import FP8_BLOCK as BLOCK
 from ..errors import InvalidArgument
+from .elements import E4M3_MAX, round_e4m3
+from .registry import FORMATS
 
-E4M3_MAX = 448.0
+BLOCK = FORMATS["fp8_block"].multiple
 AMAX_FLOOR = 1e-10  # keeps 1 / scale finite for a block of zeros
 
 
@@ -60,7 +61,7 @@ def _scale(amax: Tensor) -> Tensor:
 
 
 def _encode(blocks: Tensor, scale: Tensor) -> Tensor:
-    return (blocks * scale.reciprocal()).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return round_e4m3(blocks * scale.reciprocal())
 
 
 def _check_multiple(name: str, tensor: Tensor, *sizes: int) -> None:

@@ -27,7 +27,8 @@ def plan_buckets(
     problem: MoEProblem, executor: Executor, tune_max_num_tokens: int, distribution: str
 ) -> tuple[int, ...]:
     """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1."""
-    tiles = {variant.token_tile for variant in executor.variants.values()}
+    encoding = problem.config.number_format.weights
+    tiles = {variant.token_tile for variant in executor.variants.values() if variant.weights == encoding}
     return propose(problem, tune_max_num_tokens, sorted(tiles), smears(distribution))
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..executors.base import Executor, Gemm, MoEProblem
+from ..formats import Weights
 from ..formats.fp8_block import BLOCK
 from ..kernels import KernelVariant
 from ..roofs import ROOFS, Roofs
@@ -27,15 +28,21 @@ above that is slower than the fastest. The rest is for workloads that were not m
 the fastest takes up to 1.49 times the least prediction; even so, none within 3 % of it is predicted above 1.3."""
 
 
-def gemm_bytes(rows_per_expert: Sequence[int], shape: tuple[int, int], swiglu: bool = False) -> float:
+def gemm_bytes(
+    rows_per_expert: Sequence[int],
+    shape: tuple[int, int],
+    swiglu: bool = False,
+    weights: Weights = Weights.FP8_BLOCK,
+) -> float:
     """Fewest bytes a grouped GEMM moves: each busy expert's weights and each row once, and the results.
 
-    shape: (N, K) of an expert's weights. e4m3 weights with a float per 128x128 block, e4m3 rows [K] with a float per
-    128 values, bf16 results [N]; with swiglu, e4m3 activations [N/2] with a float per 128.
+    shape: (N, K) of an expert's weights, with their scales. Rows [K] are e4m3 with a float per 128 values beside
+    fp8_block weights, bf16 beside others; results [N] bf16, or with swiglu activations [N/2] like rows.
     """
     (n, k), rows, busy = shape, sum(rows_per_expert), sum(rows > 0 for rows in rows_per_expert)
-    result = n / 2 * (1 + 4 / BLOCK) if swiglu else 2 * n
-    return busy * n * k * (1 + 4 / BLOCK**2) + rows * (k * (1 + 4 / BLOCK) + result)
+    row_bytes = 1 + 4 / BLOCK if weights == Weights.FP8_BLOCK else 2
+    result = n / 2 * row_bytes if swiglu else 2 * n
+    return busy * n * k * weights.bytes_per_value + rows * (k * row_bytes + result)
 
 
 @dataclass(frozen=True)
@@ -70,12 +77,18 @@ def cost(
     cluster_size = cluster_tokens * cluster_weights
     waves = math.ceil(tiles / (sm_count // cluster_size * cluster_size))
 
+    # Scales of 128x128 blocks are nothing beside the values, those of 16 or 32 are something.
+    token_bytes, weight_bytes, tflops = (
+        (1, 1.0, roofs.block_scaled_tflops)
+        if variant.weights == Weights.FP8_BLOCK
+        else (2, variant.weights.bytes_per_value, roofs.bf16_tflops)
+    )
     tile_flops = 2 * token_tile * weight_tile * k
     # A cluster reads what its blocks share once: the tokens of its weight tiles, the weights of its token tiles.
-    tile_bytes = k * (token_tile / cluster_weights + weight_tile / cluster_tokens)
-    tile_us = sm_count * max(tile_flops / roofs.block_scaled_tflops, tile_bytes / roofs.l2_tbps) / 1e6
+    tile_bytes = k * (token_bytes * token_tile / cluster_weights + weight_bytes * weight_tile / cluster_tokens)
+    tile_us = sm_count * max(tile_flops / tflops, tile_bytes / roofs.l2_tbps) / 1e6
 
-    memory_us = gemm_bytes(rows_per_expert, shape, variant.swiglu) / roofs.read_tbps / 1e6
+    memory_us = gemm_bytes(rows_per_expert, shape, variant.swiglu, variant.weights) / roofs.read_tbps / 1e6
     return Cost(memory_us, waves * tile_us, tiles, waves)
 
 
@@ -90,6 +103,7 @@ def predict(
     return {
         name: [cost(variant, rows, shape, executor.sm_count, roofs).us for rows in loads]
         for name, variant in executor.variants.items()
+        if variant.weights == problem.config.number_format.weights
     }
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 import filelock
 import msgspec
 
-from ..config import MoEConfig, RoutingMethod
+from ..config import MoEConfig
 from ..distributions import recording_digest
 from ..errors import InvalidArgument, MoEError, PlanRefused
 from ..parallel import Parallel
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..executors.base import MoEProblem, TacticPair
 
 SCHEMA_VERSION = 3
-ACTIVATION = "swiglu"
 
 Objective = Literal["mean", "p95"]
 OBJECTIVES: tuple[Objective, ...] = ("mean", "p95")
@@ -78,7 +77,7 @@ class PlanKey(_Record, frozen=True):
             intermediate_size=config.intermediate_size,
             num_experts=config.num_experts,
             top_k=config.top_k,
-            activation=ACTIVATION,
+            activation=config.activation,
             routing=routing_name(config),
             regime=parallel.regime,
             size=parallel.size,
@@ -99,8 +98,13 @@ class PlanKey(_Record, frozen=True):
 
 
 def routing_name(config: MoEConfig) -> str:
-    """The routing as the plan's key writes it; group limits are part of it because they change who gets rows."""
-    name = RoutingMethod(config.routing_method).name
+    """The routing as the plan's key writes it; what changes who gets rows is part of it.
+
+    DeepSeekV3+1:4/8 is a choice in 4 of 8 groups, and one shared expert.
+    """
+    name = config.routing_method.name
+    if config.num_fused_shared_experts:
+        name += f"+{config.num_fused_shared_experts}"
     return name if config.n_group == 1 else f"{name}:{config.topk_group}/{config.n_group}"
 
 

@@ -46,7 +46,8 @@ def config_of(key: PlanKey) -> MoEConfig:
 
     Raises PlanRefused for a key that names no layer.
     """
-    method, _, groups = key.routing.partition(":")
+    name, _, groups = key.routing.partition(":")
+    method, _, shared = name.partition("+")
     try:
         topk_group, n_group = map(int, groups.split("/")) if groups else (1, 1)
         return MoEConfig(
@@ -59,6 +60,8 @@ def config_of(key: PlanKey) -> MoEConfig:
             n_group=n_group,
             topk_group=topk_group,
             format=key.format,
+            activation=key.activation,
+            num_fused_shared_experts=int(shared or 0),
         )
     except (KeyError, ValueError) as error:
         raise PlanRefused(f"plan: damaged, its key names no layer ({error}); tune again") from error

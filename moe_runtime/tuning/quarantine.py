@@ -26,7 +26,7 @@ from ..errors import InvalidArgument, Unsupported
 from ..executors import get_executor
 from ..executors.base import Executor, Gemm, MoEProblem
 from ..parallel import Parallel
-from ..weights import FP8BlockWeights, random_weights
+from ..weights import ExpertWeights, random_weights
 from ..workload import Workload
 from .profiler import NO_MEMORY, check
 from .tuner import TOLERANCE
@@ -195,7 +195,7 @@ def _serve(recipe: _Recipe, connection: Connection) -> None:
 
 def _answers(
     problem: MoEProblem,
-    weights: FP8BlockWeights,
+    weights: ExpertWeights,
     executor: Executor,
     seed: int,
     workload: Workload,

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import Unsupported
 from ..executors.base import Executor, MoEProblem
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights
 from ..workload import default_distribution
 from .buckets import plan_buckets, tuning_work
 from .meeting import Meeting, RankError, meeting
@@ -48,7 +48,7 @@ def use_local_gpu() -> None:
 
 def tune_over_ranks(
     problem: MoEProblem,
-    weights: FP8BlockWeights,
+    weights: ExpertWeights,
     executor: Executor,
     tune_max_num_tokens: int,
     distribution: str | None = None,

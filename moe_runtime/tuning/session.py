@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from ..errors import PlanRefused
 from ..executors.base import Executor, MoEProblem
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights
 from .plan import Plan, plan_lock
 from .tuner import OnStep, tune
 
@@ -21,7 +21,7 @@ from .tuner import OnStep, tune
 def tune_into(
     path: Path,
     problem: MoEProblem,
-    weights: FP8BlockWeights,
+    weights: ExpertWeights,
     executor: Executor,
     tune_max_num_tokens: int,
     distribution: str,

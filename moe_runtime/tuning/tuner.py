@@ -15,7 +15,7 @@ import torch
 
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
-from ..weights import FP8BlockWeights
+from ..weights import ExpertWeights
 from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows
 from .buckets import by_usefulness, plan_buckets, served_range, tuning_work
 from .cost import predict, promising
@@ -37,7 +37,7 @@ OnStep = Callable[[float, str], None]
 
 def tune(
     problem: MoEProblem,
-    weights: FP8BlockWeights,
+    weights: ExpertWeights,
     executor: Executor,
     tune_max_num_tokens: int,
     distribution: str | None = None,
@@ -155,7 +155,7 @@ class _Task:
     """What is the same for all buckets. quarantined: reason by tactic that faulted, of which there may come more."""
 
     problem: MoEProblem
-    weights: FP8BlockWeights
+    weights: ExpertWeights
     executor: Executor
     distribution: str
     dispatch: str

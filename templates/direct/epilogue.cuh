@@ -1,6 +1,7 @@
 // Accumulators -> output rows, staged in shared memory and written row by row with bulk copies, so that a tile that
 // reaches past its group's last row stores nothing there.
 #pragma once
+#include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90.hpp"
 #include "cute/arch/copy_sm90_tma.hpp"
 
@@ -15,12 +16,48 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t const*>(&pair);
 }
 
-// Starts the copy of one staged row of `C::kOutputs` columns; the thread waits for it before it stages that row again.
+// The row of a tile that a math thread stores; kTokens or more: none.
 template <class C>
-__device__ __forceinline__ void store_row(Params const& p, Tile const& tile, uint8_t const* staged, int row) {
-  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n;
-  int64_t const at = (tile.first_row + row) * columns + tile.weight_tile * C::kOutputs;
-  cute::SM90_BULK_COPY_S2G::copy(staged, static_cast<uint8_t*>(p.output) + at * C::kOutputBytes, C::kOutputs * C::kOutputBytes);
+__device__ __forceinline__ int stored_row(int math_thread) {
+  if constexpr (C::kSwapAB) return math_thread;
+  int const lane = math_thread % 32;
+  return lane < 16 ? math_thread / 32 * 16 + lane : C::kTokens;
+}
+
+// Before a tile's product, which hides the time it takes.
+template <class C, class Params>
+__device__ __forceinline__ void load_origins(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread) {
+  if constexpr (C::kCombine) {
+    int const row = stored_row<C>(math_thread);
+    if (row < tile.rows) cute::SM80_CP_ASYNC_CACHEALWAYS<uint64_t>::copy(reinterpret_cast<uint64_t const&>(p.row_origins[tile.first_row + row]), reinterpret_cast<uint64_t&>(shared.origins[row]));
+  }
+}
+
+template <class C>
+__device__ __forceinline__ void wait_for_origins() {
+  if constexpr (C::kCombine) cute::cp_async_wait<0>();
+}
+
+// dst += src, in bf16, rounded to nearest.
+__device__ __forceinline__ void add_bulk(void const* shared, void* global, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(global),
+               "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
+               : "memory");
+}
+
+// Starts the copy of one staged row of up to `C::kOutputs` columns; the thread waits for it before it stages that row again.
+template <class C, class Params>
+__device__ __forceinline__ void store_row(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, uint8_t const* staged, int row) {
+  if (row >= tile.rows) return;
+  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n, first = tile.weight_tile * C::kOutputs;
+  int64_t const to_row = C::kCombine ? shared.origins[row].token : tile.first_row + row;
+  uint8_t* const to = static_cast<uint8_t*>(p.output) + (to_row * columns + first) * C::kOutputBytes;
+  int const bytes = min(int64_t(C::kOutputs), columns - first) * C::kOutputBytes;
+  if constexpr (C::kCombine) {
+    add_bulk(staged, to, bytes);
+  } else {
+    cute::SM90_BULK_COPY_S2G::copy(staged, to, bytes);
+  }
 }
 
 // Unswapped: a warp holds 16 whole rows, which it stages and stores by itself.
@@ -35,11 +72,11 @@ struct WarpRows {
     cute::tma_store_wait<0>();
     __syncwarp();
   }
-  __device__ __forceinline__ void finish(Params const& p, Tile const& tile) const {
+  template <class Params>
+  __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) const {
     cute::tma_store_fence();
     __syncwarp();
-    int const lane = threadIdx.x % 32;
-    if (lane < kRows && first + lane < tile.rows) store_row<C>(p, tile, staging + lane * C::kStagingPitch, first + lane);
+    store_row<C>(p, shared, tile, staging + math_thread % 32 * C::kStagingPitch, stored_row<C>(math_thread));
     cute::tma_store_arrive();
   }
 };
@@ -51,21 +88,53 @@ struct BlockRows {
     cute::tma_store_wait<0>();
     sync_math_warps();
   }
+  template <class Params>
   static __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) {
     cute::tma_store_fence();
     sync_math_warps();
-    if (math_thread < tile.rows) store_row<C>(p, tile, shared.staging + math_thread * C::kStagingPitch, math_thread);
+    int const row = stored_row<C>(math_thread);
+    store_row<C>(p, shared, tile, shared.staging + row * C::kStagingPitch, row);
     cute::tma_store_arrive();
   }
 };
 
+// Multiplies the swapped tile's columns by their weights.
 template <class C>
+__device__ __forceinline__ void weigh_columns(MoeRowOrigin const* origins, int lane, Accumulators<C>& sum) {
+#pragma unroll
+  for (int j = 0; j < C::kTokens / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      float const weight = origins[8 * j + lane % 4 * 2 + i].weight;
+#pragma unroll
+      for (int h = 0; h < C::kMmas; ++h) {
+        sum[h][4 * j + i] *= weight;
+        sum[h][4 * j + 2 + i] *= weight;
+      }
+    }
+  }
+}
+
+// Multiplies the 16 rows of a warp, of which origins[0] is the first, by their weights.
+template <class C>
+__device__ __forceinline__ void weigh_rows(MoeRowOrigin const* origins, int lane, Accumulators<C>& sum) {
+  float const upper = origins[lane / 4].weight, lower = origins[lane / 4 + 8].weight;
+#pragma unroll
+  for (int h = 0; h < C::kMmas; ++h) {
+#pragma unroll
+    for (int i = 0; i < C::kAccumulators; ++i) sum[h][i] *= i / 2 % 2 ? lower : upper;
+  }
+}
+
+template <class C, class Params>
 __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
-                                           Accumulators<C> const& sum) {
+                                           Accumulators<C>& sum) {
   int const lane = math_thread % 32, warp = math_thread / 32;
   auto at = [](uint8_t* row, int column) -> cute::uint128_t& { return *reinterpret_cast<cute::uint128_t*>(row + 2 * column); };
   if constexpr (C::kSwapAB) {
+    wait_for_origins<C>();
     BlockRows<C>::begin();
+    if constexpr (C::kCombine) weigh_columns<C>(shared.origins, lane, sum);
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) {
       // A lane names the place of one 8x8 matrix's row: the matrices are this warp's two by eight weights of one or
@@ -86,7 +155,9 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
     BlockRows<C>::finish(p, shared, tile, math_thread);
   } else {
     WarpRows<C> const rows(shared, warp);
+    wait_for_origins<C>();
     rows.begin();
+    if constexpr (C::kCombine) weigh_rows<C>(shared.origins + rows.first, lane, sum);
     uint8_t* const row = rows.staging + (lane / 8 % 2 * 8 + lane % 8) * C::kStagingPitch;
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) {
@@ -97,7 +168,7 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
                                       at(row, h * kBlock + 8 * j + lane / 16 * 8));
       }
     }
-    rows.finish(p, tile);
+    rows.finish(p, shared, tile, math_thread);
   }
 }
 

@@ -9,9 +9,6 @@
 
 namespace moe::direct {
 
-// 128 * 40 + 256 * 232 registers are those of an SM.
-constexpr int kProducerRegisters = 40, kMathRegisters = 232;
-
 template <class C>
 __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage& shared) {
   if (threadIdx.x == 0) {
@@ -24,7 +21,7 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     }
     for (int tile = 0; tile < kTilesAhead; ++tile) {
       PlainBarrier::init(&shared.tile_ready[tile], 1);
-      PlainBarrier::init(&shared.tile_read[tile], 1 + 32 + kMathThreads);
+      PlainBarrier::init(&shared.tile_read[tile], (C::kGather ? 32 : 1) + 32 + kMathThreads);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -57,6 +54,7 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
   Tile tile;
   auto each_tile = [&](auto multiply) {
     while (tiles.next(tile)) {
+      load_origins<C>(p, shared, tile, math_thread);
       Accumulators<C> sum;
       clear<C>(sum);
       multiply(sum);
@@ -74,24 +72,28 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1) grouped_gemm(__grid_constant__ Params const p) {
+__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename C::SharedStorage*>(shared_bytes);
   start<C>(p, shared);
 
   int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kProducerRegisters>();
+    cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
     int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == 0) {
-      if (lane == 0) produce_tiles<C>(p, shared);
+      if constexpr (C::kGather) {
+        produce_gathered<C>(p, shared, lane);
+      } else {
+        if (lane == 0) produce_tiles<C>(p, shared);
+      }
     } else if (warp == 1) {
       produce_scales<C>(p, shared);
     } else if (warp == 2) {
       if (lane == 0) list_tiles<C>(p, shared);
     }
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kMathRegisters>();
+    cutlass::arch::warpgroup_reg_alloc<C::kMathRegisters>();
     multiply_tiles<C>(p, shared, warpgroup - 1);
   }
 }

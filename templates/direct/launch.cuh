@@ -36,6 +36,29 @@ inline bool encode(CUtensorMap& map, void const* base, int64_t groups, int64_t r
 }
 
 template <class C>
+int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
+  MoeGemmOperands const& o = gemm.operands;
+  if (gemm.num_groups > kMaxGroups || gemm.n % C::kWeights || gemm.k % kTileK) return MOE_ERROR_CANNOT_IMPLEMENT;
+  if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kGather ? 1 : C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
+  if (!encode(p.weights, o.weights, gemm.num_groups, gemm.n, gemm.k, C::kWeights / C::kWeightLoads)) return MOE_ERROR_BAD_ARGUMENT;
+  p.token_scales = o.token_scales;
+  p.weight_scales = o.weight_scales;
+  p.expert_offsets = o.expert_offsets;
+  p.output = o.output;
+  p.output_scales = o.output_scales;
+  p.groups = gemm.num_groups;
+  p.n = gemm.n;
+  p.k = gemm.k;
+  p.gate_row = o.gate_first ? 0 : gemm.n / 2;
+  p.up_row = o.gate_first ? gemm.n / 2 : 0;
+  p.clamp_limit = o.clamp_limit;
+  p.offsets_ready = o.offsets_ready != 0;
+  p.row_origins = o.row_origins;
+  return 0;
+}
+
+// make_params: what a launch of the kernel takes, or a MoeError.
+template <class C, class Params = Params, void (*kKernel)(Params) = grouped_gemm<C>, int32_t (*kMakeParams)(MoeGroupedGemm const&, Params&) = make_params<C>>
 struct Launch {
   // Encoding costs the host about as much as a launch. A server repeats its arguments, layer by layer: each thread keeps
   // the last ones of every layer, by its weights.
@@ -44,13 +67,15 @@ struct Launch {
     thread_local std::unordered_map<void const*, Prepared> prepared;
     if (prepared.size() > kMaxPrepared) prepared.clear();
     Prepared& last = prepared[gemm->operands.weights];
+    // The output may be the caller's, which differs from call to call, and no tensor map is of it.
+    last.gemm.operands.output = last.params.output = gemm->operands.output;
     if (std::memcmp(&last.gemm, gemm, offsetof(MoeGroupedGemm, stream)) != 0) {
       last.gemm = {};
       if (cudaError_t status = raise_shared_memory_limit()) return status;  // the same weights are on the same device
-      if (int32_t status = make_params(*gemm, last.params)) return status;
+      if (int32_t status = kMakeParams(*gemm, last.params)) return status;
       last.gemm = *gemm;
     }
-    return launch(grouped_gemm<C>, gemm->sm_count, kThreads, sizeof(typename C::SharedStorage), gemm->stream, last.params);
+    return launch(kKernel, gemm->sm_count * C::kBlocksPerSm, kThreads, sizeof(typename C::SharedStorage), gemm->stream, last.params);
   }
 
   static int32_t check_abi() { return 0; }  // takes plain pointers: no layout of CUTLASS' own
@@ -62,26 +87,6 @@ struct Launch {
   };
   static constexpr std::size_t kMaxPrepared = 1024;
 
-  static int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
-    MoeGemmOperands const& o = gemm.operands;
-    if (gemm.num_groups > kMaxGroups || gemm.n % C::kWeights || gemm.k % kTileK) return MOE_ERROR_CANNOT_IMPLEMENT;
-    if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
-    if (!encode(p.weights, o.weights, gemm.num_groups, gemm.n, gemm.k, C::kWeights / C::kWeightLoads)) return MOE_ERROR_BAD_ARGUMENT;
-    p.token_scales = o.token_scales;
-    p.weight_scales = o.weight_scales;
-    p.expert_offsets = o.expert_offsets;
-    p.output = o.output;
-    p.output_scales = o.output_scales;
-    p.groups = gemm.num_groups;
-    p.n = gemm.n;
-    p.k = gemm.k;
-    p.gate_row = o.gate_first ? 0 : gemm.n / 2;
-    p.up_row = o.gate_first ? gemm.n / 2 : 0;
-    p.clamp_limit = o.clamp_limit;
-    p.offsets_ready = o.offsets_ready != 0;
-    return 0;
-  }
-
   // A property of the function on one device: done once for each.
   static cudaError_t raise_shared_memory_limit() {
     static std::atomic<uint64_t> done{0};
@@ -89,7 +94,7 @@ struct Launch {
     if (cudaError_t status = cudaGetDevice(&device)) return status;
     uint64_t const bit = uint64_t(1) << (device & 63);
     if (done.load(std::memory_order_relaxed) & bit) return cudaSuccess;
-    cudaError_t const status = cudaFuncSetAttribute(grouped_gemm<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename C::SharedStorage));
+    cudaError_t const status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename C::SharedStorage));
     if (status == cudaSuccess) done.fetch_or(bit);
     return status;
   }

@@ -16,63 +16,110 @@ __device__ __forceinline__ int weight_row(Params const& p, Tile const& tile, int
   return tile.weight_tile * C::kWeights + part * kBlock;
 }
 
-// Of the first tile, weights come as many stages ahead as there are before tokens do: they do not depend on the
-// predecessor, whose last thread blocks still multiply.
+// Weights pass through L2 once where tokens are few; there, they must not push the tokens out.
 template <class C>
-__device__ __forceinline__ void produce_tiles(Params const& p, typename C::SharedStorage& shared) {
-  // Weights pass through L2 once where tokens are few; there, they must not push the tokens out.
-  constexpr auto kWeightHint = static_cast<uint64_t>(C::kSwapAB ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL);
-  constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+constexpr auto kWeightHint = static_cast<uint64_t>(C::kSwapAB ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL);
+constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
+
+template <class C>
+__device__ __forceinline__ void load_weights(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int stage, int k) {
   constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
-  auto load_weights = [&](Tile const& tile, int stage, int k) {
-    TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kTileBytes);
+  TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kWeightBytes + (C::kGather ? tile.rows * kTileK : C::kTokenBytes));
 #pragma unroll
-    for (int part = 0; part < C::kWeightLoads; ++part) {
-      cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint, shared.weights[stage] + part * kLoadBytes, k,
-                                   weight_row<C>(p, tile, part), tile.group);
-    }
-  };
+  for (int part = 0; part < C::kWeightLoads; ++part) {
+    cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint<C>, shared.weights[stage] + part * kLoadBytes, k,
+                                 weight_row<C>(p, tile, part), tile.group);
+  }
+}
+
+// Calls load_tokens(stage, k) for every K tile of every tile, and begin(tile) before. Of the first tile, weights come as
+// many stages ahead as there are before tokens do: they do not depend on the predecessor, whose last thread blocks still
+// multiply. `leads`: of the threads that come here, the one that loads weights.
+template <class C, class Begin, class LoadTokens>
+__device__ __forceinline__ void produce(Params const& p, typename C::SharedStorage& shared, bool leads, Begin begin, LoadTokens load_tokens) {
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;
   bool more = tiles.next(tile);
   int ahead = more ? min(C::kStages, p.k / kTileK) : 0;
-  for (int stage = 0; stage < ahead; ++stage) load_weights(tile, stage, stage * kTileK);
+  if (leads) {
+    for (int stage = 0; stage < ahead; ++stage) load_weights<C>(p, shared, tile, stage, stage * kTileK);
+  }
   wait_for_predecessor();
   for (; more; more = tiles.next(tile)) {
+    begin(tile);
     for (int k = 0; k < p.k; k += kTileK) {
       if (ahead > 0) {
         --ahead;
       } else {
         PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
-        load_weights(tile, ring.stage, k);
+        if (leads) load_weights<C>(p, shared, tile, ring.stage, k);
       }
-      cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[ring.stage], kTokenHint, shared.tokens[ring.stage], k, tile.first_row, 0);
+      load_tokens(tile, ring.stage, k);
       ring.advance();
     }
   }
+}
+
+// By one thread.
+template <class C>
+__device__ __forceinline__ void produce_tiles(Params const& p, typename C::SharedStorage& shared) {
+  produce<C>(p, shared, true, [](Tile const&) {}, [&](Tile const& tile, int stage, int k) {
+    cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage], k, tile.first_row, 0);
+  });
+}
+
+// By one warp: each lane loads rows of tokens one by one. The swizzle follows from the address in shared memory, so
+// that rows loaded alone lie as those of one box do. Rows past the group's last keep what was there: no row mixes with another.
+template <class C>
+__device__ __forceinline__ void produce_gathered(Params const& p, typename C::SharedStorage& shared, int lane) {
+  constexpr int kRows = ceil_div(C::kTokens, 32);
+  int token[kRows];
+  auto begin = [&](Tile const& tile) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int const row = 32 * i + lane;
+      token[i] = row < tile.rows ? p.row_origins[tile.first_row + row].token : -1;
+    }
+  };
+  produce<C>(p, shared, lane == 0, begin, [&](Tile const&, int stage, int k) {
+    // A row's bytes may arrive before they are announced: the count of a barrier's phase goes below zero and back.
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (token[i] < 0) continue;
+      cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage] + (32 * i + lane) * kTileK, k, token[i], 0);
+    }
+  });
 }
 
 // By one warp. cp.async, because scales of neighbouring rows are k/128 floats apart and rows start anywhere.
 template <class C>
 __device__ __forceinline__ void produce_scales(Params const& p, typename C::SharedStorage& shared) {
   using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS<float>;
+  constexpr int kRows = ceil_div(C::kTokens, 32);
   int const lane = threadIdx.x % 32, k_blocks = p.k / kTileK;
   wait_for_predecessor();
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;
   while (tiles.next(tile)) {
-    float const* const tokens = p.token_scales + int64_t(tile.first_row) * k_blocks;
+    float const* tokens[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      int const row = 32 * i + lane;
+      int64_t at = tile.first_row + row;
+      if (C::kGather && row < tile.rows) at = p.row_origins[at].token;
+      tokens[i] = p.token_scales + at * k_blocks;
+    }
     float const* weights = p.weight_scales;
     if (lane < C::kMmas) weights += (int64_t(tile.group) * (p.n / kBlock) + weight_row<C>(p, tile, lane) / kBlock) * k_blocks;
     for (int block = 0; block < k_blocks; ++block) {
       PlainBarrier::wait(&shared.scales_read[ring.stage], ring.phase ^ 1);
       float* const scales = shared.scales[ring.stage];
 #pragma unroll
-      for (int i = 0; i < ceil_div(C::kTokens, 32); ++i) {
+      for (int i = 0; i < kRows; ++i) {
         int const row = 32 * i + lane;
-        if (row < tile.rows) Copy::copy(tokens[row * k_blocks + block], scales[row]);
+        if (row < tile.rows) Copy::copy(tokens[i][block], scales[row]);
       }
       if (lane < C::kMmas) Copy::copy(weights[block], scales[C::kTokens + lane]);
       cutlass::arch::cpasync_barrier_arrive_noinc(&shared.full[ring.stage]);

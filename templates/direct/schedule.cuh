@@ -9,7 +9,7 @@ namespace moe::direct {
 constexpr int kBand = 16;
 
 // cumulative_tiles[g]: token tiles of the groups before g. By all threads of a block.
-template <class C>
+template <class C, class Params>
 __device__ __forceinline__ void count_tiles(Params const& p, int* cumulative_tiles) {
   constexpr int kBatch = 4;  // loads in flight together: most layers have at most 128 local experts
   if (threadIdx.x < 32) {
@@ -64,10 +64,10 @@ class Tiles {
 
 // Lists a block's share of all tiles, ascending, and then one without rows. By one thread: a tile takes it hundreds of
 // cycles, in divisions and in loads, which the math warps do not have.
-template <class C>
+template <class C, class Params>
 __device__ __forceinline__ void list_tiles(Params const& p, typename C::SharedStorage& shared) {
   int const* const cumulative = shared.cumulative_tiles;
-  int const across = p.n / C::kWeights;
+  int const across = ceil_div(p.n, C::kWeights);
   int group = 0;
   Ring<kTilesAhead> ring;
   for (int next = blockIdx.x;; next += gridDim.x, ring.advance()) {

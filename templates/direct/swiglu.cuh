@@ -54,7 +54,7 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
       p.output_scales[int64_t(tile.first_row + rows.first + row) * (p.n / 2 / kBlock) + tile.weight_tile] = block.scale;
     }
   }
-  rows.finish(p, tile);
+  rows.finish(p, shared, tile, math_thread);
 }
 
 // Swapped: a tile has all 128 columns of a block, spread over all math warps.

@@ -12,7 +12,7 @@ constexpr int kSlotsInFlight = 8;
 struct CombineParams {
   __nv_bfloat16 const* gemm2_output;
   int32_t const* permuted_row;
-  float const* weights;
+  float const* weights; // null: ones
   __nv_bfloat16* output;
   int num_tokens, hidden_size, top_k;
 };
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
     for (int j = 0; j < kSlotsInFlight; ++j) {
       int const slot = token * p.top_k + first + j;
       int const row = first + j < p.top_k ? p.permuted_row[slot] : -1;
-      weight[j] = row >= 0 ? p.weights[slot] : 0.0f;
+      weight[j] = row < 0 ? 0.0f : p.weights ? p.weights[slot] : 1.0f;
       packed[j] = row >= 0 ? *reinterpret_cast<uint4 const*>(p.gemm2_output + int64_t(row) * p.hidden_size + column) : uint4{};
     }
 #pragma unroll
@@ -43,20 +43,13 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(CombineParams p) {
       for (int i = 0; i < kColumns; ++i) sum[i] += weight[j] * values[i];
     }
   }
-  uint4 result;
-  uint32_t* const words = reinterpret_cast<uint32_t*>(&result);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    __nv_bfloat162 const pair = __floats2bfloat162_rn(sum[2 * i], sum[2 * i + 1]);
-    words[i] = *reinterpret_cast<uint32_t const*>(&pair);
-  }
-  *reinterpret_cast<uint4*>(p.output + int64_t(token) * p.hidden_size + column) = result;
+  *reinterpret_cast<uint4*>(p.output + int64_t(token) * p.hidden_size + column) = pack_bf16x8(sum);
 }
 
 }  // namespace
 
-cudaError_t combine(MoeFp8BlockLayer const& layer, Buffers const& b) {
-  CombineParams const p{b.gemm2_output, b.permuted_row, layer.topk_weights, static_cast<__nv_bfloat16*>(layer.output),
+cudaError_t combine(MoeLayer const& layer, Buffers const& b) {
+  CombineParams const p{b.gemm2_output, b.permuted_row, weighs_input(layer) ? nullptr : layer.topk_weights, static_cast<__nv_bfloat16*>(layer.output),
                         layer.num_tokens, layer.hidden_size, layer.top_k};
   int const grid = ceil_div(layer.num_tokens * (layer.hidden_size / kColumns), kThreads);
   return launch(combine_kernel, grid, kThreads, 0, layer.stream, p);

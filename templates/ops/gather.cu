@@ -1,5 +1,5 @@
-// hidden_states -> e4m3 rows grouped by expert. A token is read and quantised once and written to each of its local
-// slots' rows; tokens without a local slot are not read at all.
+// hidden_states -> rows grouped by expert, in the layer's token encoding. A token is read and encoded once and written to
+// each of its local slots' rows; tokens without a local slot are not read at all.
 #include "gather.cuh"
 
 namespace moe {
@@ -7,18 +7,19 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <bool kQuantised>
+template <MoeTokens kTokens>
 __global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p, int32_t const* permuted_row) {
   allow_successor_to_start();
   wait_for_predecessor();
-  gather_unit<kQuantised>(p, blockIdx.x * kThreads + threadIdx.x, permuted_row);
+  gather_unit<kTokens>(p, blockIdx.x * kThreads + threadIdx.x, permuted_row, p.input_weights);
 }
 
 }  // namespace
 
-cudaError_t gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
-  auto kernel = layer.hidden_states_dtype == MOE_DTYPE_E4M3 ? gather_kernel<true> : gather_kernel<false>;
-  return launch(kernel, ceil_div(gather_units(layer), kThreads), kThreads, 0, layer.stream, gather_params(layer, b), b.permuted_row);
+cudaError_t gather(MoeLayer const& layer, Buffers const& b) {
+  return with_tokens(layer.tokens, [&](auto tokens) {
+    return launch(gather_kernel<tokens.value>, ceil_div(gather_units(layer), kThreads), kThreads, 0, layer.stream, gather_params(layer, b), b.permuted_row);
+  });
 }
 
 }  // namespace moe

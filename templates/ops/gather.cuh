@@ -6,54 +6,75 @@ namespace moe {
 
 struct GatherParams {
   void const* hidden_states;
-  float const* hidden_states_scale;
+  void const* hidden_states_scale;
   int64_t scale_token_stride, scale_block_stride;
-  uint8_t* rows;
-  float* row_scales;
-  int num_tokens, hidden_size, top_k;
+  float const* input_weights; // [num_tokens], of routing that weighs the experts' input; null: none
+  Rows rows;
+  float input_scale_inverse;
+  int num_tokens, top_k;
+  bool quantised, by_token;
+  __nv_bfloat16* output_to_zero;
 };
 
-inline GatherParams gather_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
+inline GatherParams gather_params(MoeLayer const& layer, Buffers const& b) {
   return {layer.hidden_states, layer.hidden_states_scale, layer.scale_token_stride, layer.scale_block_stride,
-          b.rows, b.row_scales, layer.num_tokens, layer.hidden_size, layer.top_k};
+          weighs_input(layer) ? layer.topk_weights : nullptr, {b.rows, b.row_scales, layer.hidden_size},
+          layer.input_scale_inverse, layer.num_tokens, layer.top_k, layer.hidden_states_dtype != MOE_DTYPE_BF16,
+          b.rows_by_token, b.output_to_zero};
 }
 
-// Threads that the stage needs: each quantises 16 values and writes them to the row of each of the token's local slots.
-inline int gather_units(MoeFp8BlockLayer const& layer) { return layer.num_tokens * (layer.hidden_size / kValuesPerThread); }
+// Threads that the stage needs: each encodes 16 values and writes them to the row of each of the token's local slots, or
+// to the token's, and zeros where GEMM2 will add.
+inline int gather_units(MoeLayer const& layer) { return layer.num_tokens * (layer.hidden_size / kValuesPerThread); }
 
-// Must be reached by whole warps. permuted_row[token * top_k + j], in global or shared memory, is a slot's row or -1.
-template <bool kQuantised>
-__device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int32_t const* permuted_row) {
-  int const chunks = p.hidden_size / kValuesPerThread;
+// Must be reached by whole warps; loads only where the token is local. weight: null, or of the experts' input.
+template <MoeTokens kTokens>
+__device__ __forceinline__ Piece<kTokens> gather_piece(GatherParams const& p, int token, int chunk, bool local, float const* weight) {
+  int64_t const from = int64_t(token) * p.rows.width + chunk * kValuesPerThread;
+  Values values = {};
+  if (local && !p.quantised) load_bf16x16(static_cast<__nv_bfloat16 const*>(p.hidden_states) + from, values);
+  if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK) {
+    Piece<kTokens> piece{};
+    if (!p.quantised) {
+      piece = encode16<kTokens>(values);
+    } else if (local) {
+      piece.values = *reinterpret_cast<uint4 const*>(static_cast<uint8_t const*>(p.hidden_states) + from);
+      piece.scale = static_cast<float const*>(p.hidden_states_scale)[token * p.scale_token_stride + chunk / kLanesPerBlock * p.scale_block_stride];
+    }
+    if (local && weight) piece.scale *= *weight; // the codes stay as they are
+    return piece;
+  } else {
+    float scale = p.quantised ? 1.0f : p.input_scale_inverse;
+    if constexpr (kTokens != MOE_TOKENS_BF16) {
+      if (local && p.quantised) load_quantised16<kTokens>(p.hidden_states, p.hidden_states_scale, from, values);
+    }
+    if (local && weight) scale *= *weight;
+#pragma unroll
+    for (int i = 0; i < kValuesPerThread; ++i) values[i] *= scale;
+    return p.quantised && !weight ? pack16<kTokens>(values) : encode16<kTokens>(values);
+  }
+}
+
+// Must be reached by whole warps. permuted_row[token * top_k + j], in global or shared memory, is a slot's row or -1;
+// input_weights as in the params.
+template <MoeTokens kTokens>
+__device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int32_t const* permuted_row, float const* input_weights) {
+  int const chunks = p.rows.width / kValuesPerThread;
   int const token = unit / chunks, chunk = unit % chunks;
   int32_t const* const slots = permuted_row + int64_t(token) * p.top_k;
   bool local = false;
   if (token < p.num_tokens) {
     for (int j = 0; j < p.top_k; ++j) local |= slots[j] >= 0;
   }
-  int64_t const from = int64_t(token) * p.hidden_size + chunk * kValuesPerThread;
-  uint4 packed{};
-  float scale = 0.0f;
-  if constexpr (kQuantised) {
-    if (local) {
-      packed = *reinterpret_cast<uint4 const*>(static_cast<uint8_t const*>(p.hidden_states) + from);
-      scale = p.hidden_states_scale[token * p.scale_token_stride + chunk / kLanesPerBlock * p.scale_block_stride];
-    }
-  } else {
-    float values[kValuesPerThread] = {};
-    if (local) {
-      auto const* source = static_cast<__nv_bfloat16 const*>(p.hidden_states) + from;
-      load_bf16x8(source, values);
-      load_bf16x8(source + 8, values + 8);
-    }
-    packed = quantise_block(values, scale);
+  Piece<kTokens> const piece = gather_piece<kTokens>(p, token, chunk, local, input_weights ? input_weights + token : nullptr);
+  if (p.output_to_zero && token < p.num_tokens) {
+    auto* const output = reinterpret_cast<uint4*>(p.output_to_zero + int64_t(unit) * kValuesPerThread);
+    output[0] = output[1] = uint4{};
   }
   if (!local) return;
+  if (p.by_token) return piece.store(p.rows, token, chunk);
   for (int j = 0; j < p.top_k; ++j) {
-    int64_t const row = slots[j];
-    if (row < 0) continue;
-    *reinterpret_cast<uint4*>(p.rows + row * p.hidden_size + chunk * kValuesPerThread) = packed;
-    if (chunk % kLanesPerBlock == 0) p.row_scales[row * (p.hidden_size / kBlock) + chunk / kLanesPerBlock] = scale;
+    if (slots[j] >= 0) piece.store(p.rows, slots[j], chunk);
   }
 }
 

@@ -1,4 +1,4 @@
-// A whole fp8_block layer as one call: workspace layout, argument checks and the sequence of stages.
+// A whole layer as one call: workspace layout, argument checks and the sequence of stages.
 #include <climits>
 
 #include "ops.cuh"
@@ -34,20 +34,23 @@ MoeGroupMetadata metadata_at(uint8_t* base, Arena& arena, int64_t groups) {
   return m;
 }
 
-MoeFp8BlockWorkspace place(MoeFp8BlockLayer const& layer, Buffers& buffers) {
+MoeWorkspace place(MoeLayer const& layer, Buffers& buffers) {
   int64_t const slots = int64_t(layer.num_tokens) * layer.top_k, groups = layer.num_local_experts;
   int64_t const hidden = layer.hidden_size, inter = layer.intermediate_size;
+  bool const fp8_block = layer.tokens == MOE_TOKENS_FP8_BLOCK;
+  int64_t const value_bytes = fp8_block ? 1 : 2, scale_bytes = fp8_block ? 4 : 0; // of an element, of a block
   Arena arena;
-  MoeFp8BlockWorkspace w{};
+  MoeWorkspace w{};
   w.topk_ids = arena.take(slots * 4);
   w.topk_weights = arena.take(slots * 4);
   w.expert_offsets = arena.take((groups + 1) * 4);
   w.permuted_row = arena.take(slots * 4);
-  w.rows = arena.take(slots * hidden);
-  w.row_scales = arena.take(slots * hidden / kBlock * 4);
-  w.gemm1_output = arena.take(slots * 2 * inter * 2);
-  w.activation = arena.take(slots * inter);
-  w.activation_scales = arena.take(slots * inter / kBlock * 4);
+  w.row_origins = arena.take(slots * sizeof(MoeRowOrigin));
+  w.rows = arena.take(slots * hidden * value_bytes);
+  w.row_scales = arena.take(slots * hidden / kBlock * scale_bytes);
+  w.gemm1_output = arena.take(slots * gemm1_width(layer) * 2);
+  w.activation = arena.take(slots * inter * value_bytes);
+  w.activation_scales = arena.take(slots * inter / kBlock * scale_bytes);
   w.gemm2_output = arena.take(slots * hidden * 2);
   w.metadata = arena.used;
   auto* const base = static_cast<uint8_t*>(layer.workspace);
@@ -58,6 +61,7 @@ MoeFp8BlockWorkspace place(MoeFp8BlockLayer const& layer, Buffers& buffers) {
 
   buffers.expert_offsets = reinterpret_cast<int32_t*>(base + w.expert_offsets);
   buffers.permuted_row = reinterpret_cast<int32_t*>(base + w.permuted_row);
+  buffers.row_origins = reinterpret_cast<MoeRowOrigin*>(base + w.row_origins);
   buffers.rows = base + w.rows;
   buffers.row_scales = reinterpret_cast<float*>(base + w.row_scales);
   buffers.gemm1_output = reinterpret_cast<__nv_bfloat16*>(base + w.gemm1_output);
@@ -68,46 +72,94 @@ MoeFp8BlockWorkspace place(MoeFp8BlockLayer const& layer, Buffers& buffers) {
   return w;
 }
 
-bool can_implement(MoeFp8BlockLayer const& layer) {
+constexpr int kLongestOtherBlock = 32; // of mxfp8
+
+// fp8_block weights and tokens go together, without relu^2; all others combine freely.
+bool encodings_fit(MoeLayer const& layer) {
+  bool const known = layer.weights >= MOE_WEIGHTS_FP8_BLOCK && layer.weights <= MOE_WEIGHTS_BF16 &&
+                     layer.tokens >= MOE_TOKENS_FP8_BLOCK && layer.tokens <= MOE_TOKENS_NVFP4;
+  bool const fp8_weights = layer.weights == MOE_WEIGHTS_FP8_BLOCK, fp8_tokens = layer.tokens == MOE_TOKENS_FP8_BLOCK;
+  return known && fp8_weights == fp8_tokens && !(fp8_tokens && layer.activation != MOE_ACTIVATION_SWIGLU);
+}
+
+// Tokens come as bf16, or as the codes of the layer's own encoding.
+bool takes(MoeLayer const& layer, int32_t hidden_states_dtype) {
+  if (hidden_states_dtype == MOE_DTYPE_BF16) return true;
+  int32_t const codes = layer.tokens == MOE_TOKENS_NVFP4 ? MOE_DTYPE_E2M1 : MOE_DTYPE_E4M3;
+  return layer.tokens != MOE_TOKENS_BF16 && hidden_states_dtype == codes;
+}
+
+bool can_route(MoeLayer const& layer) {
+  if (layer.num_fused_shared_experts < 0 || layer.num_fused_shared_experts >= layer.top_k) return false;
+  switch (layer.routing_method) {
+    case MOE_ROUTING_DEFAULT:
+    case MOE_ROUTING_RENORMALIZE:
+    case MOE_ROUTING_RENORMALIZE_NAIVE:
+    case MOE_ROUTING_SIGMOID_RENORM:
+    case MOE_ROUTING_MINIMAX2: return layer.n_group == 1;
+    case MOE_ROUTING_DEEPSEEK_V3: return layer.n_group >= 1 && layer.n_group <= 32;
+    case MOE_ROUTING_LLAMA4: return layer.top_k == 1;
+    default: return false;
+  }
+}
+
+bool can_implement(MoeLayer const& layer) {
   // Kernels index 16-byte units with 32 bits.
-  int64_t const most_units = int64_t(layer.num_tokens) * layer.top_k * layer.hidden_size / 8;
-  return layer.num_tokens >= 0 && layer.hidden_size > 0 && layer.hidden_size % kBlock == 0 &&
-         layer.intermediate_size > 0 && layer.intermediate_size % kBlock == 0 &&
+  int64_t const most_units = int64_t(layer.num_tokens) * layer.top_k * max(layer.hidden_size, layer.intermediate_size) / 8;
+  int const multiple = layer.tokens == MOE_TOKENS_FP8_BLOCK ? kBlock : kLongestOtherBlock;
+  return layer.num_tokens >= 0 && encodings_fit(layer) && can_route(layer) &&
+         layer.hidden_size > 0 && layer.hidden_size % multiple == 0 &&
+         layer.intermediate_size > 0 && layer.intermediate_size % multiple == 0 &&
          layer.top_k >= 1 && layer.top_k <= kMaxTopK && layer.top_k <= layer.num_experts &&
          layer.num_experts <= kMaxExperts && layer.num_local_experts >= 1 && layer.sm_count > 0 &&
          layer.local_expert_offset >= 0 && layer.local_expert_offset + layer.num_local_experts <= layer.num_experts &&
-         layer.n_group >= 1 && layer.n_group <= 32 && most_units < INT_MAX;
+         most_units < INT_MAX;
 }
 
-int64_t slots(MoeFp8BlockLayer const& layer) { return int64_t(layer.num_tokens) * layer.top_k; }
+int64_t slots(MoeLayer const& layer) { return int64_t(layer.num_tokens) * layer.top_k; }
 
-int32_t run_gemm1(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
-  MoeGemmOperands operands{b.rows, b.row_scales, layer.gemm1_weights, layer.gemm1_weights_scale, b.expert_offsets,
-                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit, 0};
+int32_t run_gemm1(MoeLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+  if (variant.combines || variant.weights != layer.weights) return MOE_ERROR_BAD_VARIANT;
+  bool const fp8_block = layer.weights == MOE_WEIGHTS_FP8_BLOCK;
+  MoeGemmOperands operands{b.rows, fp8_block ? b.row_scales : nullptr, layer.gemm1_weights,
+                           fp8_block ? layer.gemm1_weights_scale : layer.gemm1_scale, b.expert_offsets,
+                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit, 0, layer.gemm1_bias,
+                           b.row_origins};
   if (variant.swiglu) {
     operands.output = b.activation;
     operands.output_scales = b.activation_scales;
   }
-  MoeGroupedGemm const gemm{layer.num_local_experts, 2 * layer.intermediate_size, layer.hidden_size, layer.sm_count,
+  MoeGroupedGemm const gemm{layer.num_local_experts, gemm1_width(layer), layer.hidden_size, layer.sm_count,
                             operands, b.gemm1, b.gemm_workspace, layer.stream};
   return variant.run(&gemm);
 }
 
-int32_t run_gemm2(MoeFp8BlockLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+int32_t run_gemm2(MoeLayer const& layer, MoeVariant const& variant, Buffers const& b) {
+  if (variant.swiglu || variant.gathers || variant.weights != layer.weights) return MOE_ERROR_BAD_VARIANT;
+  bool const fp8_block = layer.weights == MOE_WEIGHTS_FP8_BLOCK;
   // GEMM1 waits for the permutation before it lets its successor start.
   int32_t const offsets_ready = (layer.stages & MOE_STAGE_GEMM1) != 0;
-  MoeGemmOperands const operands{b.activation, b.activation_scales, layer.gemm2_weights, layer.gemm2_weights_scale, b.expert_offsets,
-                                 b.gemm2_output, nullptr, slots(layer), 0, 0.0f, offsets_ready};
+  MoeGemmOperands const operands{b.activation, fp8_block ? b.activation_scales : nullptr, layer.gemm2_weights,
+                                 fp8_block ? layer.gemm2_weights_scale : layer.gemm2_scale, b.expert_offsets,
+                                 variant.combines ? layer.output : b.gemm2_output, nullptr, slots(layer), 0, 0.0f, offsets_ready,
+                                 layer.gemm2_bias, b.row_origins};
   MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count,
                             operands, b.gemm2, b.gemm_workspace, layer.stream};
-  return variant.swiglu ? MOE_ERROR_BAD_VARIANT : variant.run(&gemm);
+  return variant.run(&gemm);
 }
 
-int32_t run_stages(MoeFp8BlockLayer const& layer, Buffers const& buffers) {
+int32_t run_stages(MoeLayer const& layer, Buffers& buffers) {
   MoeVariant const* const gemm1 = moe_variant(layer.gemm1_variant);
   MoeVariant const* const gemm2 = moe_variant(layer.gemm2_variant);
   if (!gemm1 || !gemm2) return MOE_ERROR_BAD_VARIANT;
-  int32_t status = 0, left = gemm1->swiglu ? layer.stages & ~MOE_STAGE_ACTIVATION : layer.stages;
+  int32_t status = 0, left = layer.stages;
+  if (gemm1->swiglu) left &= ~MOE_STAGE_ACTIVATION;
+  if (gemm2->combines) {
+    if ((left & MOE_STAGE_GEMM2) && !(left & MOE_STAGE_COMBINE)) return MOE_ERROR_BAD_VARIANT; // it leaves no rows
+    left &= ~MOE_STAGE_COMBINE;
+  }
+  buffers.rows_by_token = gemm1->gathers;
+  buffers.output_to_zero = gemm2->combines ? static_cast<__nv_bfloat16*>(layer.output) : nullptr;
   // Runs stages if the call wants all of them and none has run yet.
   auto run = [&](int32_t stages, auto function) {
     if (status != 0 || (left & stages) != stages) return;
@@ -129,20 +181,21 @@ int32_t run_stages(MoeFp8BlockLayer const& layer, Buffers const& buffers) {
 }  // namespace
 }  // namespace moe
 
-extern "C" int32_t moe_fp8_block_workspace(MoeFp8BlockLayer const* layer, MoeFp8BlockWorkspace* workspace) {
+extern "C" int32_t moe_layer_workspace(MoeLayer const* layer, MoeWorkspace* workspace) {
   if (!moe::can_implement(*layer)) return MOE_ERROR_CANNOT_IMPLEMENT;
   moe::Buffers buffers;
   *workspace = moe::place(*layer, buffers);
   return 0;
 }
 
-extern "C" int32_t moe_fp8_block_layer(MoeFp8BlockLayer const* layer) {
+extern "C" int32_t moe_layer(MoeLayer const* layer) {
   if (!moe::can_implement(*layer)) return MOE_ERROR_CANNOT_IMPLEMENT;
+  if (!moe::takes(*layer, layer->hidden_states_dtype)) return MOE_ERROR_BAD_ARGUMENT;
   if (layer->num_tokens == 0) return 0;
   moe::Buffers buffers;
-  MoeFp8BlockWorkspace const regions = moe::place(*layer, buffers);
+  MoeWorkspace const regions = moe::place(*layer, buffers);
   if (regions.total_bytes > layer->workspace_bytes) return MOE_ERROR_WORKSPACE_TOO_SMALL;
-  MoeFp8BlockLayer call = *layer;
+  MoeLayer call = *layer;
   auto* const base = static_cast<uint8_t*>(call.workspace);
   if (!call.topk_ids) call.topk_ids = reinterpret_cast<int32_t*>(base + regions.topk_ids);
   if (!call.topk_weights) call.topk_weights = reinterpret_cast<float*>(base + regions.topk_weights);
@@ -152,7 +205,7 @@ extern "C" int32_t moe_fp8_block_layer(MoeFp8BlockLayer const* layer) {
 extern "C" char const* moe_error_string(int32_t code) {
   switch (code) {
     case 0: return "no error";
-    case MOE_ERROR_BAD_VARIANT: return "no such variant in this library";
+    case MOE_ERROR_BAD_VARIANT: return "no such variant for these weights in this library";
     case MOE_ERROR_WORKSPACE_TOO_SMALL: return "the workspace is too small";
     case MOE_ERROR_CANNOT_IMPLEMENT: return "the shape is outside what the kernels implement";
     case MOE_ERROR_BAD_ARGUMENT: return "a combination of arguments that no kernel serves";

@@ -1,5 +1,5 @@
 // The layer's arithmetic outside the GEMMs, written once for the kernels that run it as a stage of its own and for those
-// that fuse it: SwiGLU, and e4m3 with one scale per block of 128.
+// that fuse it: SwiGLU, and e4m3 with one scale per block of 128. Other encodings: token_formats.cuh.
 #pragma once
 #include <cuda_fp8.h>
 #include <cuda_runtime.h>
@@ -7,19 +7,27 @@
 
 namespace moe {
 
+constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kBlock = 128;           // scale granularity along the contraction
 constexpr float kE4m3Max = 448.0f;
 constexpr float kAmaxFloor = 1e-10f;  // keeps the scale of an all-zero block finite
 
-__host__ __device__ inline int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // clamp_limit <= 0: none.
-__device__ __forceinline__ float swiglu(float gate, float up, float clamp_limit) {
+__device__ __forceinline__ void clamp_gate_up(float& gate, float& up, float clamp_limit) {
   if (clamp_limit > 0.0f) {
     gate = fminf(gate, clamp_limit);
     up = fminf(fmaxf(up, -clamp_limit), clamp_limit);
   }
-  return __fdividef(gate, 1.0f + __expf(-gate)) * up;  // two units in the last place, a third of the time of a division
+}
+
+// x * sigmoid(alpha * x), two units in the last place, a third of the time of a division.
+__device__ __forceinline__ float swish(float x, float alpha) { return __fdividef(x, 1.0f + __expf(-alpha * x)); }
+
+__device__ __forceinline__ float swiglu(float gate, float up, float clamp_limit) {
+  clamp_gate_up(gate, up, clamp_limit);
+  return swish(gate, 1.0f) * up;
 }
 
 // IEEE division and reciprocal, so that formats/fp8_block.py gives the same bits.

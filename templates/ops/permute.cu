@@ -35,8 +35,11 @@ struct GemmOperands {
 struct PermuteParams {
   int32_t const* ids;
   int32_t* permuted_row;
+  MoeRowOrigin* row_origins;
+  float const* weights; // of slots; null: 1
   int32_t* expert_offsets;
-  int num_slots, first_expert, num_experts, counting_warps;
+  int num_slots, top_k, first_expert, num_experts, counting_warps;
+  bool fp8_block; // whose kernels alone read metadata
   GemmOperands gemm1, gemm2;
 };
 
@@ -88,11 +91,11 @@ __device__ __forceinline__ int inclusive_scan(int value, int lane) {
   return value;
 }
 
-// Writes permuted_row of the slots that are this block's, one of `blocks` that share them, and, where `publish` is set,
+// Writes permuted_row, and row_origins unless they are null, of the slots that are this block's, one of `blocks` that share them, and, where `publish` is set,
 // offsets and metadata. Blocks that share slots are one cluster. permuted_row may be ids: one thread alone
 // reads a slot's id and then writes its row.
 __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const* ids, int block, int blocks, int32_t* permuted_row,
-                                           bool publish) {
+                                           MoeRowOrigin* row_origins, bool publish) {
   extern __shared__ int counts[]; // [counting_warps, num_experts]
   __shared__ int block_rows[kMaxExperts]; // rows of each expert among this block's slots
   __shared__ int first_row[kMaxExperts];  // where those rows start
@@ -140,8 +143,10 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
     if (publish) {
       p.expert_offsets[expert] = before;
       if (expert == p.num_experts - 1) p.expert_offsets[p.num_experts] = before + rows;
-      write_metadata(p.gemm1, expert, before, rows);
-      write_metadata(p.gemm2, expert, before, rows);
+      if (p.fp8_block) {
+        write_metadata(p.gemm1, expert, before, rows);
+        write_metadata(p.gemm2, expert, before, rows);
+      }
     }
   }
   __syncthreads();
@@ -149,7 +154,9 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
   for_each_slot(p, ids, first, end, lane, [&](int slot, int local) {
     uint32_t const same = __match_any_sync(0xffffffffu, local);
     int const place = local >= 0 ? my_counts[local] + __popc(same & ((1u << lane) - 1)) : 0;
-    if (slot < end) permuted_row[slot] = local >= 0 ? first_row[local] + place : -1;
+    int const row = local >= 0 ? first_row[local] + place : -1;
+    if (slot < end) permuted_row[slot] = row;
+    if (row >= 0 && row_origins) row_origins[row] = {slot / p.top_k, p.weights ? p.weights[slot] : 1.0f};
     __syncwarp();
     if (local >= 0 && lane == __ffs(same) - 1) my_counts[local] += __popc(same);
     __syncwarp();
@@ -159,15 +166,17 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
 __global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
   allow_successor_to_start();
   wait_for_predecessor();
-  sort_slots(p, p.ids, blockIdx.x, gridDim.x, p.permuted_row, blockIdx.x == 0);
+  sort_slots(p, p.ids, blockIdx.x, gridDim.x, p.permuted_row, p.row_origins, blockIdx.x == 0);
   cooperative_groups::this_cluster().sync(); // a block's shared memory must outlive the others' reads
 }
 
 // kRouteItems: experts a lane has to choose from, 0 where the ids are ready.
-template <bool kQuantised, int kRouteItems>
+template <MoeTokens kTokens, int kRouteItems>
 __global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_constant__ RouteParams const r, __grid_constant__ PermuteParams const p,
                                                                          __grid_constant__ GatherParams const g) {
   __shared__ int32_t slots[kSlotsOfEveryBlock]; // expert ids, then rows
+  __shared__ float first_weights[kTokensOfEveryBlock];
+  float const* input_weights = g.input_weights;
   allow_successor_to_start();
   wait_for_predecessor();
   if constexpr (kRouteItems > 0) {
@@ -175,28 +184,34 @@ __global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_
     int const lane = threadIdx.x % 32, token = threadIdx.x / 32;
     if (token < r.num_tokens) {
       RoutedSlot const slot = route_token<kRouteItems>(r, token, choice + token * r.num_experts, lane);
-      if (lane < r.top_k) slots[token * r.top_k + lane] = slot.expert;
+      if (lane < r.slots) slots[token * r.slots + lane] = slot.expert;
+      if (lane == 0) first_weights[token] = slot.weight;
       if (blockIdx.x == 0) store_slot(r, token, slot, lane);
     }
+    if (input_weights) input_weights = first_weights; // top_k is 1, and other blocks' global writes may be late
   } else if (threadIdx.x < p.num_slots) {
     slots[threadIdx.x] = p.ids[threadIdx.x];
   }
   __syncthreads();
-  sort_slots(p, slots, 0, 1, slots, blockIdx.x == 0);
+  sort_slots(p, slots, 0, 1, slots, blockIdx.x == 0 ? p.row_origins : nullptr, blockIdx.x == 0);
   __syncthreads();
   if (blockIdx.x == 0 && threadIdx.x < p.num_slots) p.permuted_row[threadIdx.x] = slots[threadIdx.x];
-  gather_unit<kQuantised>(g, blockIdx.x * kThreads + threadIdx.x, slots);
+  gather_unit<kTokens>(g, blockIdx.x * kThreads + threadIdx.x, slots, input_weights);
 }
 static_assert(kSlotsOfEveryBlock <= kThreads && kTokensOfEveryBlock * kMaxTopK <= kSlotsOfEveryBlock);
 
-PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
+PermuteParams permute_params(MoeLayer const& layer, Buffers const& b) {
   PermuteParams p{};
   p.ids = layer.topk_ids;
   p.permuted_row = b.permuted_row;
+  p.row_origins = b.row_origins;
   p.expert_offsets = b.expert_offsets;
+  p.weights = weighs_input(layer) ? nullptr : layer.topk_weights;
+  p.top_k = layer.top_k;
   p.num_slots = layer.num_tokens * layer.top_k;
   p.first_expert = layer.local_expert_offset;
   p.num_experts = layer.num_local_experts;
+  p.fp8_block = layer.weights == MOE_WEIGHTS_FP8_BLOCK;
   p.counting_warps = min(min(kWarps, ceil_div(p.num_slots, 32)), kCountsBytes / (4 * layer.num_local_experts));
   p.gemm1 = {b.gemm1, b.rows, b.row_scales, static_cast<uint8_t const*>(layer.gemm1_weights), layer.gemm1_weights_scale,
              b.gemm1_output, 2 * layer.intermediate_size, layer.hidden_size};
@@ -208,30 +223,31 @@ PermuteParams permute_params(MoeFp8BlockLayer const& layer, Buffers const& b) {
 int counts_bytes(PermuteParams const& p) { return p.counting_warps * p.num_experts * static_cast<int>(sizeof(int)); }
 
 template <int kRouteItems>
-cudaError_t launch_permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+cudaError_t launch_permute_and_gather(MoeLayer const& layer, Buffers const& b) {
   PermuteParams const p = permute_params(layer, b);
   int const choice_bytes = kRouteItems > 0 ? layer.num_tokens * layer.num_experts * static_cast<int>(sizeof(float)) : 0;
-  auto kernel = layer.hidden_states_dtype == MOE_DTYPE_E4M3 ? permute_and_gather_kernel<true, kRouteItems> : permute_and_gather_kernel<false, kRouteItems>;
-  return launch(kernel, ceil_div(gather_units(layer), kThreads), kThreads, max(counts_bytes(p), choice_bytes), layer.stream,
-                route_params(layer), p, gather_params(layer, b));
+  return with_tokens(layer.tokens, [&](auto tokens) {
+    return launch(permute_and_gather_kernel<tokens.value, kRouteItems>, ceil_div(gather_units(layer), kThreads), kThreads,
+                  max(counts_bytes(p), choice_bytes), layer.stream, route_params(layer), p, gather_params(layer, b));
+  });
 }
 static_assert(kTokensOfEveryBlock * kExpertsOfEveryBlock * sizeof(float) <= kCountsBytes);
 
 }  // namespace
 
-cudaError_t permute(MoeFp8BlockLayer const& layer, Buffers const& b) {
+cudaError_t permute(MoeLayer const& layer, Buffers const& b) {
   PermuteParams const p = permute_params(layer, b);
   int const blocks = p.num_slots > kSlotsOfOneBlock ? kClusterBlocks : 1;
   return launch_in_clusters(permute_kernel, blocks, blocks, kThreads, counts_bytes(p), layer.stream, p);
 }
 
-cudaError_t permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+cudaError_t permute_and_gather(MoeLayer const& layer, Buffers const& b) {
   if (layer.num_tokens * layer.top_k <= kSlotsOfEveryBlock) return launch_permute_and_gather<0>(layer, b);
   cudaError_t const status = permute(layer, b);
   return status == cudaSuccess ? gather(layer, b) : status;
 }
 
-cudaError_t route_permute_and_gather(MoeFp8BlockLayer const& layer, Buffers const& b) {
+cudaError_t route_permute_and_gather(MoeLayer const& layer, Buffers const& b) {
   if (layer.num_tokens <= kTokensOfEveryBlock && layer.num_experts <= kExpertsOfEveryBlock) {
     return layer.num_experts <= 128 ? launch_permute_and_gather<4>(layer, b) : launch_permute_and_gather<8>(layer, b);
   }

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kWarps * 32) route_kernel(RouteParams p) {
 
 }  // namespace
 
-cudaError_t route(MoeFp8BlockLayer const& layer) {
+cudaError_t route(MoeLayer const& layer) {
   int const items = ceil_div(layer.num_experts, 32);
   auto kernel = items <= 4 ? route_kernel<4> : items <= 8 ? route_kernel<8> : items <= 16 ? route_kernel<16> : route_kernel<32>;
   return launch(kernel, ceil_div(layer.num_tokens, kWarps), kWarps * 32, kWarps * layer.num_experts * sizeof(float), layer.stream, route_params(layer));

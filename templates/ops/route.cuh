@@ -1,8 +1,13 @@
 // One token's share of the route stage, used by the stage's own kernel and by the one that permutes and gathers as well:
 // router logits -> top_k expert ids and weights, by one warp whose lanes hold E/32 candidates each in registers.
-// Definitions (ties: lower expert id first): Renormalize takes the top_k logits and their softmax; DeepSeekV3
-// chooses on sigmoid + bias among the best topk_group groups (score: sum of a group's two best) and normalises
-// the sigmoids chosen, times routed_scaling_factor.
+// Definitions (ties: lower expert id first):
+// - Default takes the top_k logits, whose order is that of the probabilities, and their part of the softmax of all;
+// - Renormalize and RenormalizeNaive, which differ in rounding only: the top_k logits and the softmax of those;
+// - DeepSeekV3 chooses on sigmoid + bias among the best topk_group groups (score: sum of a group's two best) and
+//   normalises the sigmoids chosen, times routed_scaling_factor; SigmoidRenorm and MiniMax2 are that without groups and
+//   factor, the former without bias;
+// - Llama4 takes the largest logit and its sigmoid.
+// Shared experts follow in the last slots, with weight 1.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -11,22 +16,35 @@
 
 namespace moe {
 
-constexpr uint32_t kAllLanes = 0xffffffffu;
+enum class Weighing { kSoftmaxOfAll, kSoftmaxOfChosen, kNormalisedSigmoids, kSigmoid };
 
+inline Weighing weighing(int32_t routing_method) {
+  switch (routing_method) {
+    case MOE_ROUTING_DEFAULT: return Weighing::kSoftmaxOfAll;
+    case MOE_ROUTING_LLAMA4: return Weighing::kSigmoid;
+    case MOE_ROUTING_RENORMALIZE:
+    case MOE_ROUTING_RENORMALIZE_NAIVE: return Weighing::kSoftmaxOfChosen;
+    default: return Weighing::kNormalisedSigmoids;
+  }
+}
+
+// num_experts and top_k without shared experts; `slots` of a token with them.
 struct RouteParams {
   void const* logits;
   void const* bias;
   int32_t* ids;
   float* weights;
-  int num_tokens, num_experts, top_k, n_group, group_size, topk_group;
+  int num_tokens, num_experts, top_k, slots, n_group, group_size, topk_group;
   float scaling;
-  bool deepseek, logits_f32, bias_f32;
+  Weighing weighing;
+  bool logits_f32, bias_f32;
 };
 
-inline RouteParams route_params(MoeFp8BlockLayer const& layer) {
+inline RouteParams route_params(MoeLayer const& layer) {
+  int const shared = layer.num_fused_shared_experts, experts = layer.num_experts - shared;
   return {layer.routing_logits, layer.routing_bias, layer.topk_ids, layer.topk_weights,
-          layer.num_tokens, layer.num_experts, layer.top_k, layer.n_group, layer.num_experts / layer.n_group, layer.topk_group,
-          layer.routed_scaling_factor, layer.routing_method == MOE_ROUTING_DEEPSEEK_V3,
+          layer.num_tokens, experts, layer.top_k - shared, layer.top_k, layer.n_group, experts / layer.n_group, layer.topk_group,
+          layer.routed_scaling_factor, weighing(layer.routing_method),
           layer.routing_logits_dtype == MOE_DTYPE_F32, layer.routing_bias_dtype == MOE_DTYPE_F32};
 }
 
@@ -111,14 +129,15 @@ struct RoutedSlot {
   float weight;
 };
 
-// Must be reached by whole warps. Lane j < top_k gets slot j of the token. choice: num_experts floats of shared memory
+// Must be reached by whole warps. Lane j < slots gets slot j of the token. choice: num_experts floats of shared memory
 // that are the warp's own.
 template <int kItems>
 __device__ __forceinline__ RoutedSlot route_token(RouteParams const& p, int token, float* choice, int lane) {
   int64_t const first_logit = int64_t(token) * p.num_experts;
   float scores[kItems];
   load_candidates(p.logits, p.logits_f32, first_logit, p.num_experts, lane, scores);
-  if (p.deepseek) {
+  bool const sigmoids = p.weighing == Weighing::kNormalisedSigmoids;
+  if (sigmoids) {
     float bias[kItems] = {};
     if (p.bias) load_candidates(p.bias, p.bias_f32, 0, p.num_experts, lane, bias);
 #pragma unroll
@@ -132,7 +151,7 @@ __device__ __forceinline__ RoutedSlot route_token(RouteParams const& p, int toke
     keys[i] = exists ? sortable(scores[i]) : 0;
   }
   __syncwarp();
-  if (p.deepseek && p.n_group > 1) {
+  if (sigmoids && p.n_group > 1) {
     uint32_t const chosen = best_groups(choice, p, lane);
     float const groups_an_expert = 1.0f / p.group_size;
 #pragma unroll
@@ -149,23 +168,31 @@ __device__ __forceinline__ RoutedSlot route_token(RouteParams const& p, int toke
     if (lane == j) slot.expert = winner;
   }
   bool const holds = lane < p.top_k;
-  if (p.deepseek) {
+  if (sigmoids) {
     if (holds) slot.weight = sigmoid(load_float(p.logits, p.logits_f32, first_logit + slot.expert));
     slot.weight = slot.weight / (warp_sum(slot.weight) + 1e-20f) * p.scaling;
+  } else if (p.weighing == Weighing::kSigmoid) {
+    if (holds) slot.weight = sigmoid(choice[slot.expert]);
   } else {
     // The first winner holds the largest logit.
     float const largest = __shfl_sync(kAllLanes, holds ? choice[slot.expert] : 0.0f, 0);
     if (holds) slot.weight = expf(choice[slot.expert] - largest);
-    slot.weight /= warp_sum(slot.weight);
+    float part = slot.weight;
+    if (p.weighing == Weighing::kSoftmaxOfAll) {
+      part = 0.0f;
+      for (int e = lane; e < p.num_experts; e += 32) part += expf(choice[e] - largest);
+    }
+    slot.weight /= warp_sum(part);
   }
+  if (lane >= p.top_k) slot = {p.num_experts + lane - p.top_k, 1.0f};
   return slot;
 }
 
-// Lane j < top_k holds slot j of the token.
+// Lane j < slots holds slot j of the token.
 __device__ __forceinline__ void store_slot(RouteParams const& p, int token, RoutedSlot slot, int lane) {
-  if (lane >= p.top_k) return;
-  p.ids[token * p.top_k + lane] = slot.expert;
-  p.weights[token * p.top_k + lane] = slot.weight;
+  if (lane >= p.slots) return;
+  p.ids[token * p.slots + lane] = slot.expert;
+  p.weights[token * p.slots + lane] = slot.weight;
 }
 
 }  // namespace moe

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
 from moe_runtime.executors import get_executor
-from moe_runtime.executors.base import LayerInputs, MoEProblem
+from moe_runtime.executors.base import GEMMS, LayerInputs, MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.kernels import Stage
 from moe_runtime.workload import Workload
@@ -38,9 +38,17 @@ def default_tactics(problem: MoEProblem, tokens: int) -> tuple[str, str]:
 
 
 def unfused(problem: MoEProblem, tokens: int) -> tuple[str, str]:
-    """Tactics that leave GEMM1's own result, for tests that read it."""
-    plain = executor().default_tactic(problem, "gemm2", tokens)
+    """Tactics that leave either GEMM's own result, for tests that read it."""
+    plain = executor().leaving_rows(executor().default_tactic(problem, "gemm2", tokens))
     return plain, plain
+
+
+def fused(problem: MoEProblem) -> tuple[str, str]:
+    """Tactics that gather and combine."""
+    found = executor()
+    able = {gemm: [found.variants[name] for name in able_tactics(found, problem, gemm)] for gemm in GEMMS}
+    gathers = next(variant.name for variant in able["gemm1"] if variant.gathers)
+    return gathers, next(variant.name for variant in able["gemm2"] if variant.combines)
 
 
 class Call:

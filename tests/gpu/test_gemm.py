@@ -1,4 +1,4 @@
-"""Every compiled variant against a float64 reference at ragged group sizes, on both GEMMs of two models."""
+"""Every compiled fp8_block variant against a float64 reference at ragged group sizes, on both GEMMs of two models."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from torch import Tensor
 
 from moe_runtime.executors.base import GEMMS, Gemm
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
+from moe_runtime.formats import Weights
 from moe_runtime.kernels import library_path, load_library
 from moe_runtime.reference import relative_error
 from tests.gpu import support
 
 # Without a GPU a library of an earlier checkout may lie here, which does not load.
-VARIANTS = load_library("sm_90a").variants if torch.cuda.is_available() and library_path("sm_90a") else {}
-CASES = [(variant, gemm) for gemm in GEMMS for variant in VARIANTS if gemm == "gemm1" or not VARIANTS[variant].swiglu]
+LOADED = load_library("sm_90a").variants if torch.cuda.is_available() and library_path("sm_90a") else {}
+VARIANTS = {name: variant for name, variant in LOADED.items() if variant.weights == Weights.FP8_BLOCK}
+CASES = [
+    (name, gemm)
+    for gemm in GEMMS
+    for name, variant in VARIANTS.items()
+    if not (variant.combines if gemm == "gemm1" else variant.swiglu)
+]
 
 
 @functools.lru_cache(maxsize=1)

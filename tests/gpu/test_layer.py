@@ -9,9 +9,9 @@ from torch import Tensor
 from moe_runtime import FP8BlockWeights, FusedMoE, InvalidArgument, MoEConfig, Parallel
 from moe_runtime.config import RoutingMethod
 from moe_runtime.executors.base import GEMMS, LayerInputs, MoEProblem
+from moe_runtime.flashinfer import fp8_block_scale_moe
 from moe_runtime.formats.fp8_block import quantise_rows
 from moe_runtime.kernels import Stage
-from moe_runtime.ops import fp8_block_scale_moe
 from moe_runtime.reference import reference_layer, relative_error
 from moe_runtime.routing import route
 from moe_runtime.workload import make_workload
@@ -23,6 +23,8 @@ from tests.gpu import support
 # test_from_the_kernels_own_gemm1.
 LAYER_BOUND = 3e-2
 SECOND_HALF_BOUND = 5e-3
+# Of a layer whose GEMM2 adds up to eight rows in bf16, in an order of its own, against one that adds them in f32.
+COMBINE_BOUND = 6e-3
 CONFIGS = {
     "renormalise": MoEConfig("renormalise", 512, 384, 64, 8),
     "deepseek": MoEConfig("deepseek", 1024, 256, 64, 8, RoutingMethod.DeepSeekV3, 8, 4, 2.5),
@@ -30,11 +32,13 @@ CONFIGS = {
 }
 
 
-def small(name: str, parallel: str, rank: int) -> tuple[MoEProblem, FP8BlockWeights, FusedMoE]:
+def small(
+    name: str, parallel: str, rank: int, deterministic: bool = False
+) -> tuple[MoEProblem, FP8BlockWeights, FusedMoE]:
     config, layout = CONFIGS[name], Parallel.parse(parallel, rank)
     problem = MoEProblem(config, layout)
     weights = FP8BlockWeights.random(config, problem.num_local_experts, seed=7, device="cuda")
-    return problem, weights, FusedMoE(config, layout, weights)
+    return problem, weights, FusedMoE(config, layout, weights, deterministic=deterministic)
 
 
 def tokens(config: MoEConfig, count: int, seed: int = 0) -> Tensor:
@@ -146,7 +150,7 @@ def test_every_tactic_gives_the_same_layer() -> None:
 
 
 def test_results_repeat_bit_for_bit() -> None:
-    problem, _, layer = small("deepseek", "ep1", 0)
+    problem, _, layer = small("deepseek", "ep1", 0, deterministic=True)
     x, logits = tokens(problem.config, 500), torch.randn(500, 64, device="cuda")
     first = layer(x, logits)
     for _ in range(20):
@@ -156,7 +160,7 @@ def test_results_repeat_bit_for_bit() -> None:
 @pytest.mark.parametrize("given", [False, True], ids=["allocated", "given"])
 @pytest.mark.parametrize("num_tokens", [8, 64])
 def test_cuda_graph_replays_new_inputs(num_tokens: int, given: bool) -> None:
-    problem, _, layer = small("deepseek", "ep2", 1)
+    problem, _, layer = small("deepseek", "ep2", 1, deterministic=True)
     x, logits = tokens(problem.config, num_tokens), torch.randn(num_tokens, 64, device="cuda")
     memory: dict[str, Tensor] = {}
     if given:
@@ -174,7 +178,7 @@ def test_cuda_graph_replays_new_inputs(num_tokens: int, given: bool) -> None:
 
 
 def test_torch_compile_sees_one_op() -> None:
-    problem, _, layer = small("renormalise", "ep2", 0)
+    problem, _, layer = small("renormalise", "ep2", 0, deterministic=True)
     x, logits = tokens(problem.config, 16), torch.randn(16, 64, device="cuda")
     compiled = torch.compile(lambda a, b: layer(a, b) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, logits), layer(x, logits) * 2)
@@ -194,11 +198,11 @@ def test_flashinfer_names() -> None:
     )  # fmt: skip
     out = fp8_block_scale_moe(*arguments)
     assert isinstance(out, Tensor)
-    assert torch.equal(out, layer(x, logits, routing_bias=bias))
+    assert relative_error(out, layer(x, logits, routing_bias=bias).double()) <= COMBINE_BOUND
     rows, topk_weights, index = fp8_block_scale_moe(*arguments, do_finalize=False)
     index = index.view(33, 8).long()
     local = torch.where(index >= 0, topk_weights, 0).unsqueeze(-1)
-    assert relative_error((rows[index.clamp(min=0)].double() * local).sum(1), out.double()) <= 3e-3
+    assert relative_error((rows[index.clamp(min=0)].double() * local).sum(1), out.double()) <= COMBINE_BOUND
 
 
 def test_small_workspace_is_refused() -> None:

@@ -1,0 +1,83 @@
+// What a mixed grouped GEMM is at compile time, how it divides shared memory, and what a launch passes to it.
+//
+// Tokens are bf16 and weights packed; the math warps decode weights to bf16 in registers, which makes them operand A: a
+// tile is 128 weights by 8 to 256 tokens. The schedule, the ring of tiles and the staged stores are the direct kernels'.
+#pragma once
+#include "direct/config.cuh"
+#include "mixed/decode.cuh"
+
+namespace moe::mixed {
+
+using direct::kMathThreads;
+using direct::kMathWarps;
+using direct::kMaxGroups;
+using direct::kThreads;
+using direct::kTilesAhead;
+using direct::PlainBarrier;
+using direct::Ring;
+using direct::Tile;
+using direct::TileBarrier;
+
+constexpr int kMaxStages = 12;
+constexpr int kReservedBytes = 512;  // half of what CUDA takes of an SM's shared memory for a second block
+constexpr int kPackedK = 128;  // packed weights are padded to multiples of it along K
+
+template <class Weights_, class Mma_, int kTokens_, int kTileK_, class Ends_>
+struct Config {
+  using Weights = Weights_;
+  using Mma = Mma_;
+  static constexpr int kTokens = kTokens_, kWeights = kSliceRows, kTileK = kTileK_;
+  static constexpr int kSlices = kTileK / kSliceK;
+  static constexpr int kAccumulators = kTokens / 2;
+  // Steps of K whose wgmma are issued together, while the fragments of as many after them are decoded.
+  static constexpr int kSteps = kSlices == 1 ? 2 : 4;
+
+  // As the direct kernels' epilogue knows a tile.
+  static constexpr bool kSwapAB = true, kSwiglu = false, kCombine = Ends_::kCombine;
+  static constexpr int kMmas = 1;
+  static constexpr int kOutputs = kWeights, kOutputBytes = 2;
+
+  // Decoding few tokens' weights is bound by how many instructions an SM issues, for which two warps a scheduler wait too
+  // often: four are 7 to 14 % faster.
+  static constexpr int kBlocksPerSm = Weights::kDecodes && kTokens <= 64 ? 2 : 1;
+  static constexpr int kProducerRegisters = kBlocksPerSm == 2 ? 32 : 40, kMathRegisters = kBlocksPerSm == 2 ? 104 : 232;
+
+  static constexpr int kTokenSliceBytes = kTokens * kSliceK * 2;
+  static constexpr int kTokenBytes = kSlices * kTokenSliceBytes, kWeightBytes = kSlices * Weights::kSliceBytes;
+  static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
+  static constexpr int kStagingPitch = kOutputs * kOutputBytes + direct::kStagingPad;
+  static constexpr int kStagingBytes = kTokens * kStagingPitch;
+  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + (kCombine ? 8 * kTokens : 0) + 1024 + 256;
+  static constexpr int kStagesThatFit = (direct::kSharedBytes / kBlocksPerSm - kReservedBytes - kFixedBytes) / (kTileBytes + 16);
+  static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
+
+  static_assert(kTokens % 8 == 0 && kTokens <= 256 && kTileK % kSliceK == 0 && kPackedK % kTileK == 0);
+  static_assert(kSlices * kSliceSteps / kSteps % 2 == 0, "a K tile's first fragments go into the same registers each time");
+  static_assert(kStages >= 3);
+
+  struct SharedStorage {
+    alignas(1024) uint8_t tokens[kStages][kTokenBytes];
+    alignas(128) uint8_t weights[kStages][kWeightBytes];
+    alignas(16) uint8_t staging[kStagingBytes];
+    MoeRowOrigin origins[kCombine ? kTokens : 1];
+    Tile tiles[kTilesAhead];
+    alignas(8) uint64_t full[kStages], empty[kStages];
+    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
+    int cumulative_tiles[kMaxGroups + 1];
+  };
+  static_assert(sizeof(SharedStorage) <= direct::kSharedBytes / kBlocksPerSm - kReservedBytes);
+};
+
+struct Params {
+  CUtensorMap tokens;            // bf16 [rows, k], in bytes
+  uint8_t const* weights;        // [groups, n/128, k/128] packed blocks, both quotients rounded up
+  float const* weight_scales;    // [groups] or null
+  float const* bias;             // [groups, n] or null
+  int32_t const* expert_offsets; // [groups + 1]
+  void* output;                  // bf16 [rows, n]; [T, n] to combine
+  int groups, n, k;
+  bool offsets_ready;            // before the predecessor has finished
+  MoeRowOrigin const* row_origins; // [rows], to combine
+};
+
+}  // namespace moe::mixed

@@ -1,0 +1,91 @@
+// The mixed grouped GEMM: one persistent thread block an SM, a producer warpgroup and two math warpgroups.
+#pragma once
+#include "cutlass/arch/reg_reconfig.h"
+
+#include "dependent_launch.cuh"
+#include "direct/epilogue.cuh"
+#include "direct/kernel.cuh"
+#include "mixed/mainloop.cuh"
+#include "mixed/producer.cuh"
+
+namespace moe::mixed {
+
+template <class C>
+__device__ __forceinline__ void start(Params const& p, typename C::SharedStorage& shared) {
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.tokens));
+    for (int stage = 0; stage < C::kStages; ++stage) {
+      PlainBarrier::init(&shared.full[stage], 1);
+      PlainBarrier::init(&shared.empty[stage], kMathWarps);
+    }
+    for (int tile = 0; tile < kTilesAhead; ++tile) {
+      PlainBarrier::init(&shared.tile_ready[tile], 1);
+      PlainBarrier::init(&shared.tile_read[tile], 1 + kMathThreads);
+    }
+    cutlass::arch::fence_barrier_init();
+  }
+  // Else every role waits before it reads what the predecessor writes.
+  if (!p.offsets_ready) wait_for_predecessor();
+  allow_successor_to_start();
+  direct::count_tiles<C>(p, shared.cumulative_tiles);  // ends with a barrier of the block
+}
+
+// What becomes of the thread's two rows of weights once they are multiplied; read before, while the loads are awaited.
+struct Affine {
+  float scale, bias[2] = {0.0f, 0.0f};
+  __device__ __forceinline__ Affine(Params const& p, Tile const& tile, int math_thread, float decoded_scale)
+      : scale((p.weight_scales ? p.weight_scales[tile.group] : 1.0f) * decoded_scale) {
+    if (!p.bias) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = tile.weight_tile * kSliceRows + math_thread / 32 * 16 + math_thread % 32 / 4 + half * 8;
+      if (row < p.n) bias[half] = p.bias[int64_t(tile.group) * p.n + row];
+    }
+  }
+  template <int kCount>
+  __device__ __forceinline__ void apply(float (&sum)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = fmaf(sum[i], scale, bias[i / 2 % 2]);
+  }
+};
+
+template <class C>
+__device__ __forceinline__ void multiply_tiles(Params const& p, typename C::SharedStorage& shared) {
+  int const math_thread = threadIdx.x - 128, blocks = ceil_div(p.k, C::kTileK);
+  direct::Tiles<C> tiles(shared);
+  Ring<C::kStages> ring;
+  Tile tile;
+  while (tiles.next(tile)) {
+    direct::load_origins<C>(p, shared, tile, math_thread);
+    Affine const affine(p, tile, math_thread, C::Weights::kScale);
+    direct::Accumulators<C> sum;
+    direct::clear<C>(sum);
+    multiply<C>(blocks, shared, ring, math_thread, sum[0]);
+    affine.apply(sum[0]);
+    direct::store_tile<C>(p, shared, tile, math_thread, sum);
+  }
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // staged rows must be read before the block ends
+}
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
+  extern __shared__ __align__(1024) uint8_t shared_bytes[];
+  auto& shared = *reinterpret_cast<typename C::SharedStorage*>(shared_bytes);
+  start<C>(p, shared);
+
+  int const warpgroup = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<C::kProducerRegisters>();
+    int const warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == 0) {
+      if (lane == 0) produce_tiles<C>(p, shared);
+    } else if (warp == 1) {
+      if (lane == 0) direct::list_tiles<C>(p, shared);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<C::kMathRegisters>();
+    multiply_tiles<C>(p, shared);
+  }
+}
+
+}  // namespace moe::mixed

@@ -1,0 +1,110 @@
+"""MoeGroupedGemm of templates/abi.h, to run one variant of a library without the layer around it."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe_runtime.kernels import VariantRecord
+
+
+class MoeGemmOperands(Structure):
+    _fields_ = [
+        ("tokens", c_void_p),
+        ("token_scales", c_void_p),
+        ("weights", c_void_p),
+        ("weight_scales", c_void_p),
+        ("expert_offsets", c_void_p),
+        ("output", c_void_p),
+        ("output_scales", c_void_p),
+        ("max_rows", c_int64),
+        ("gate_first", c_int32),
+        ("clamp_limit", c_float),
+        ("offsets_ready", c_int32),
+        ("bias", c_void_p),
+        ("row_origins", c_void_p),
+    ]
+
+
+class MoeGroupMetadata(Structure):
+    _fields_ = [
+        ("problem", c_void_p),
+        ("problem_swapped", c_void_p),
+        ("tokens", c_void_p),
+        ("weights", c_void_p),
+        ("token_scales", c_void_p),
+        ("weight_scales", c_void_p),
+        ("output", c_void_p),
+        ("token_stride", c_void_p),
+        ("weight_stride", c_void_p),
+        ("output_stride", c_void_p),
+        ("token_scale_layout", c_void_p),
+        ("weight_scale_layout", c_void_p),
+    ]
+
+
+class MoeGroupedGemm(Structure):
+    _fields_ = [
+        ("num_groups", c_int32),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("sm_count", c_int32),
+        ("operands", MoeGemmOperands),
+        ("metadata", MoeGroupMetadata),
+        ("workspace", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
+def variants(path: Path, weights: set[int]) -> dict[str, VariantRecord]:
+    """The library's variants that read one of these MoeWeights, by name."""
+    library = ctypes.CDLL(str(path))
+    library.moe_variant.restype = POINTER(VariantRecord)
+    records = [library.moe_variant(index).contents for index in range(library.moe_variant_count())]
+    return {record.name.decode(): record for record in records if record.weights in weights}
+
+
+def origins(token: Tensor, weight: Tensor) -> Tensor:
+    """MoeRowOrigin [rows], as int32 [rows, 2]: whose slots the rows are, and what each weighs there."""
+    return torch.stack([token.int(), weight.float().view(torch.int32)], 1).contiguous()
+
+
+def prepare(
+    tokens: Tensor,
+    packed: Tensor,
+    expert_offsets: Tensor,
+    output: Tensor,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    row_origins: Tensor | None = None,
+) -> MoeGroupedGemm:
+    """Of a mixed variant: tokens bf16 [rows, k], packed weights, offsets int32 [L + 1], output bf16 [rows or more, n],
+    scale f32 [L], bias f32 [L, n]; row_origins of `origins`, where the variant combines. Holds addresses only. The
+    stream is the current one."""
+    operands = MoeGemmOperands(
+        tokens=tokens.data_ptr(),
+        weights=packed.data_ptr(),
+        weight_scales=None if scale is None else scale.data_ptr(),
+        expert_offsets=expert_offsets.data_ptr(),
+        output=output.data_ptr(),
+        max_rows=tokens.shape[0],
+        bias=None if bias is None else bias.data_ptr(),
+        row_origins=None if row_origins is None else row_origins.data_ptr(),
+    )
+    return MoeGroupedGemm(
+        num_groups=len(expert_offsets) - 1,
+        n=output.shape[1],
+        k=tokens.shape[1],
+        sm_count=torch.cuda.get_device_properties(tokens.device).multi_processor_count,
+        operands=operands,
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+
+
+def run(variant: VariantRecord, gemm: MoeGroupedGemm) -> int:
+    """What the variant's run returns: 0, or an error."""
+    return ctypes.CFUNCTYPE(c_int32, POINTER(MoeGroupedGemm))(variant.run)(gemm)

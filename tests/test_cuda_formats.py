@@ -1,0 +1,230 @@
+"""What the CUDA executor makes of formats other than fp8_block, shown by a library that notes its calls down."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_runtime import FusedMoE, PackedWeights, Unsupported, flashinfer
+from moe_runtime.executors import cuda
+from moe_runtime.executors.base import GEMMS, LayerInputs
+from moe_runtime.executors.cuda import CudaExecutor
+from moe_runtime.formats import FORMATS, Tokens, Weights
+from moe_runtime.formats.tokens import quantise_tokens
+from moe_runtime.kernels import DTYPE_BF16, DTYPE_E2M1, DTYPE_E4M3, KernelVariant, LayerArguments
+from moe_runtime.ops import shared_calls
+from moe_runtime.weights import BoundWeights, packed
+from tests.test_cuda_arguments import NotingLibrary, fields
+from tests.test_flashinfer import FUNCTIONS, call_arguments, with_scalars
+from tests.test_format_layers import PACKED, make_inputs, make_problem, make_weights
+
+STREAM = 77
+FACTORS = ("gemm1_bias", "alpha", "beta", "clamp", "activation_multiplier", "gemm2_bias")
+
+
+def variants() -> dict[str, KernelVariant]:
+    """One kernel for each encoding of weights, of which that of fp8_block takes 128 rows at a time."""
+    return {
+        f"kernel_{encoding.name}": KernelVariant(
+            index, f"kernel_{encoding.name}", (128, 16, 128), (1, 1), True, 4, 0, swiglu=False, weights=encoding
+        )
+        for index, encoding in enumerate(Weights)
+    }
+
+
+@pytest.fixture
+def tiles(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """Every tensor that was packed, in turn; its tiles are the bytes of the values here."""
+    made: list[Tensor] = []
+
+    def pack(encoding: Weights, values: Tensor, scale: Tensor | None) -> tuple[Tensor, float]:
+        made.append(values)
+        return values.view(torch.uint8).flatten().clone(), 1.0
+
+    monkeypatch.setattr(packed, "_tiles", pack)
+    return made
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch, tiles: list[Tensor]) -> Iterator[CudaExecutor]:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "noted")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
+    library = NotingLibrary()
+    library.variants = variants()
+    monkeypatch.setattr(cuda, "load_library", lambda _: library)
+    executor = CudaExecutor(torch.device("cuda", 0))
+    for module in ("layer", "flashinfer", "ops"):
+        monkeypatch.setattr(f"moe_runtime.{module}.get_executor", lambda _: executor)
+    shared_calls.cache_clear()  # which keeps the executors of devices
+    yield executor
+    shared_calls.cache_clear()
+
+
+def last_call(executor: CudaExecutor) -> dict[str, Any]:
+    assert isinstance(executor.library, NotingLibrary)
+    return executor.library.calls[-1]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("format", PACKED)
+def test_arguments(executor: CudaExecutor, format: str, activation: str) -> None:
+    problem = make_problem(format, activation=activation)
+    weights, (x, logits) = make_weights(problem), make_inputs(problem.config)
+    FusedMoE(problem.config, problem.parallel, weights)(x, logits)
+    call, operands, found = last_call(executor), weights.tiled_operands, FORMATS[format]
+    assert (call["weights"], call["tokens"]) == (found.weights, found.tokens)
+    assert call["activation"] == (activation == "relu2")
+    assert (call["hidden_size"], call["intermediate_size"]) == (96, 160)
+    assert call["gemm1_variant"] == call["gemm2_variant"] == list(Weights).index(found.weights)
+    assert call["gemm1_weights"] == operands.gate_up.data_ptr() != weights.operands.gate_up.data_ptr()
+    assert call["gemm2_weights"] == operands.down.data_ptr()
+    assert call["gemm1_weights_scale"] == call["gemm2_weights_scale"] == 0
+    assert call["input_scale_inverse"] == pytest.approx(1 / operands.input_scale)
+    for name in (*FACTORS, "gemm1_scale", "gemm2_scale"):
+        factor = getattr(operands, name)
+        assert call[name] == (0 if factor is None else factor.data_ptr()), name
+    present = {name for name in FACTORS if call[name]}
+    takes_bias = format != "fp8_nvfp4"
+    wanted = {"gemm1_bias", "gemm2_bias"} if takes_bias else set()
+    if takes_bias and activation == "swiglu":
+        wanted |= {"alpha", "beta", "clamp"}
+    if found.tokens.has_tensor_scale:
+        wanted |= {"activation_multiplier"}
+        assert call["gemm1_scale"] and call["gemm2_scale"]
+    assert present == wanted
+
+
+@pytest.mark.parametrize("format", PACKED)
+def test_factors_that_are_neutral_are_null(executor: CudaExecutor, format: str) -> None:
+    problem = make_problem(format)
+    weights, (x, logits) = make_weights(problem, extras=False), make_inputs(problem.config)
+    FusedMoE(problem.config, problem.parallel, weights)(x, logits)
+    call = last_call(executor)
+    assert not any(call[name] for name in FACTORS)
+    assert call["input_scale_inverse"] == 1
+    has_global = FORMATS[format].weights == Weights.NVFP4
+    assert bool(call["gemm1_scale"]) == bool(call["gemm2_scale"]) == has_global
+
+
+@pytest.mark.parametrize("format", PACKED)
+def test_quantised_tokens(executor: CudaExecutor, format: str) -> None:
+    problem, tokens = make_problem(format), FORMATS[format].tokens
+    layer, (x, logits) = FusedMoE(problem.config, problem.parallel, make_weights(problem)), make_inputs(problem.config)
+    values, scale = quantise_tokens(tokens, x)
+    layer(values, logits, hidden_states_scale=scale)
+    call = last_call(executor)
+    dtypes = {Tokens.BF16: DTYPE_BF16, Tokens.NVFP4: DTYPE_E2M1}
+    assert call["hidden_states_dtype"] == dtypes.get(tokens, DTYPE_E4M3)
+    assert call["hidden_states"] == values.data_ptr()
+    assert call["hidden_states_scale"] == (0 if scale is None else scale.data_ptr())
+    layer(x, logits)
+    call = last_call(executor)
+    assert (call["hidden_states_dtype"], call["hidden_states_scale"]) == (DTYPE_BF16, 0)
+
+
+def test_weights_are_packed_once(executor: CudaExecutor, tiles: list[Tensor]) -> None:
+    problem = make_problem("nvfp4")
+    weights, (x, logits) = make_weights(problem), make_inputs(problem.config)
+    assert isinstance(weights, PackedWeights)
+    first, second = (FusedMoE(problem.config, problem.parallel, weights) for _ in range(2))
+    assert [each is part for each, part in zip(tiles, (weights.gate_up, weights.down), strict=True)] == [True, True]
+    first(x, logits)
+    pointer = last_call(executor)["gemm1_weights"]
+    second(x, logits)
+    torch.compile(first.__call__, backend="eager", fullgraph=True)(x, logits)
+    assert len(tiles) == 2 and last_call(executor)["gemm1_weights"] == pointer
+    assert last_call(executor)["gemm1_bias"] == weights.operands.gemm1_bias.data_ptr()  # type: ignore[union-attr]
+
+
+def test_plain_weights_go_with_the_caller_s(executor: CudaExecutor, tiles: list[Tensor]) -> None:
+    problem = make_problem("nvfp4")
+    weights, (x, logits) = make_weights(problem), make_inputs(problem.config)
+    layer, gone = FusedMoE(problem.config, problem.parallel, weights), weakref.ref(weights.operands.gate_up)
+    pointer = weights.tiled_operands.gate_up.data_ptr()
+    tiles.clear()
+    del weights
+    gc.collect()
+    assert gone() is None
+    layer(x, logits)
+    assert last_call(executor)["gemm1_weights"] == pointer
+
+
+@pytest.mark.parametrize("format", [name for name in FUNCTIONS if name != "fp8_block"])
+def test_functions_find_packed_weights_again(executor: CudaExecutor, format: str, tiles: list[Tensor]) -> None:
+    problem = make_problem(format)
+    arguments = call_arguments(format, problem, *with_scalars(format, problem))
+    function = FUNCTIONS[format]
+    for _ in range(3):
+        function(**arguments)
+    assert len(tiles) == 2
+    call = last_call(executor)
+    for name, scalar in (("gemm1_scale", "output1_scale_gate_scalar"), ("gemm2_scale", "output2_scale_scalar")):
+        given = arguments[scalar]
+        assert call[name] == (0 if given is None else given.data_ptr())
+    assert bool(call["activation_multiplier"]) == (arguments["output1_scale_scalar"] is not None)
+    arguments["gemm2_weights"][0] += 1
+    function(**arguments)
+    assert len(tiles) == 4
+    function(**{**arguments, "gemm2_weights": arguments["gemm2_weights"].clone()})
+    assert len(tiles) == 6
+
+
+def test_packed_weights_go_with_the_caller_s(executor: CudaExecutor, tiles: list[Tensor]) -> None:
+    problem = make_problem("bf16_mxfp4")
+    arguments = call_arguments("bf16_mxfp4", problem, *with_scalars("bf16_mxfp4", problem))
+    FUNCTIONS["bf16_mxfp4"](**arguments)
+    bound = flashinfer._bound[arguments["gemm1_weights"]][1]
+    assert isinstance(bound, BoundWeights)
+    gone = weakref.ref(bound.operands.gate_up)
+    del bound, arguments
+    tiles.clear()
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("gemm", GEMMS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_tactics_are_those_that_read_the_weights(executor: CudaExecutor, format: str, gemm: Any) -> None:
+    problem, name = make_problem(format), f"kernel_{FORMATS[format].weights.name}"
+    assert executor.tactics(problem, gemm) == (name,)
+    assert executor.can_implement(problem, gemm, name) is None
+    assert executor.default_tactic(problem, gemm, 7) == name
+    for other in set(executor.variants) - {name}:
+        reason = executor.can_implement(problem, gemm, other)
+        assert reason == f"it reads {other.removeprefix('kernel_').lower()} weights"
+    executor._variants = {other: variant for other, variant in executor.variants.items() if other != name}
+    with pytest.raises(Unsupported, match=rf"has no kernel for {gemm} of .*format='{format}'"):
+        executor.default_tactic(problem, gemm, 9)
+
+
+def test_a_fused_swiglu_is_no_relu2(executor: CudaExecutor) -> None:
+    fused = dataclasses.replace(executor.variants["kernel_BF16"], name="fused", swiglu=True)
+    executor._variants = {"fused": fused}
+    assert executor.can_implement(make_problem("bf16"), "gemm1", "fused") is None
+    reason = executor.can_implement(make_problem("bf16", activation="relu2"), "gemm1", "fused")
+    assert reason == "it applies SwiGLU, not relu2"
+
+
+def test_a_call_leaves_nothing_for_the_next(executor: CudaExecutor) -> None:
+    problem = make_problem("nvfp4")
+    rich, bare = make_weights(problem), make_weights(problem, extras=False)
+    (x, logits), workspace = make_inputs(problem.config), torch.empty(1 << 16, dtype=torch.uint8)
+    pair = (executor.default_tactic(problem, "gemm1", 5), executor.default_tactic(problem, "gemm2", 5))
+
+    def arguments(weights: Any) -> LayerArguments:
+        return executor.arguments(problem, weights, LayerInputs(x, None, logits), pair, x, workspace)
+
+    plain = fields(arguments(bare))
+    assert fields(arguments(rich)) != plain
+    assert fields(arguments(bare)) == plain

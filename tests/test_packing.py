@@ -1,0 +1,180 @@
+"""Packed weights, decoded by the kernels' own arithmetic compiled for the host, against values taken from the formats'
+definitions."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from codegen.files import TEMPLATES
+from moe_runtime.errors import InvalidArgument
+from moe_runtime.formats.packing import pack_bf16, pack_mxfp4, pack_nvfp4
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+NVFP4_SCALE = 2.0**-8  # fragments are the weights times this; the epilogue takes it back
+
+Decode = Callable[[str, Tensor], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def decode(tmp_path_factory: pytest.TempPathFactory) -> Decode:
+    """(encoding, one expert's blob) -> float64 [rows, columns] of the padded matrix, from every thread's fragments."""
+    library = tmp_path_factory.mktemp("decode") / "decode.so"
+    source = Path(__file__).with_name("decode_shim.cpp")
+    command = ["g++", "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{TEMPLATES}"]
+    subprocess.run([*command, "-o", str(library), str(source)], check=True)
+    handle = ctypes.CDLL(str(library))
+
+    def decode(encoding: str, blob: Tensor) -> np.ndarray:
+        tiles, blocks, size = blob.shape
+        slices = np.ascontiguousarray(blob.numpy().reshape(tiles, 2 * blocks, size // 2))
+        matrix = np.full((128 * tiles, 128 * blocks), np.nan)
+        fragments = np.empty((8, 8, 4, 4, 4), np.uint32)  # [warp, group, lane, step, register]
+        # m64k16's operand A: which row and column the low half of each register holds.
+        warp, group, lane, step, register = np.ix_(*map(np.arange, fragments.shape))
+        rows = 16 * warp + group + 8 * (register % 2) + 0 * (lane + step)
+        columns = 16 * step + 2 * lane + 8 * (register // 2) + 0 * (warp + group)
+        for tile in range(tiles):
+            for index in range(2 * blocks):
+                pointer = slices[tile, index].ctypes.data_as(ctypes.c_void_p)
+                assert getattr(handle, encoding)(pointer, fragments.ctypes.data_as(ctypes.c_void_p)) == size // 2
+                for odd in range(2):
+                    values = (fragments >> 16 * odd << 16).view(np.float32)
+                    matrix[128 * tile + rows, 64 * index + columns + odd] = values
+        return matrix
+
+    return decode
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """float64 whose values bf16 holds -> their bf16 bits; -0 and 0 differ."""
+    with np.errstate(over="ignore"):
+        wide = values.astype(np.float32)
+    np.testing.assert_array_equal(wide.view(np.uint32) & 0xFFFF, 0)
+    return (wide.view(np.uint32) >> 16).astype(np.uint16)
+
+
+def padded(matrix: np.ndarray) -> np.ndarray:
+    rows, columns = matrix.shape
+    return np.pad(matrix, ((0, -rows % 128), (0, -columns % 128)))
+
+
+def nibbles(codes: np.ndarray) -> Tensor:
+    return torch.from_numpy((codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8))
+
+
+def ue8m0(factors: np.ndarray) -> np.ndarray:
+    return np.ldexp(1.0, factors.astype(int) - 127)
+
+
+def e4m3(factors: np.ndarray) -> np.ndarray:
+    exponent, mantissa = factors.astype(int) >> 3, factors.astype(int) & 7
+    return np.where(exponent > 0, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+
+
+def mxfp4(codes: np.ndarray, factors: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    """[n, k] codes, [n, k/32] factors -> (blob of one expert, fragments' values)."""
+    blob, scale = pack_mxfp4(nibbles(codes)[None], torch.from_numpy(factors)[None])
+    assert scale == max(1, ue8m0(factors).max() / 2)
+    return blob[0], E2M1[codes] * ue8m0(factors).repeat(32, -1) / scale
+
+
+def nvfp4(codes: np.ndarray, factors: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    blob = pack_nvfp4(nibbles(codes)[None], torch.from_numpy(factors)[None].view(torch.float8_e4m3fn))[0]
+    return blob, E2M1[codes] * e4m3(factors).repeat(16, -1) * NVFP4_SCALE
+
+
+def every_code(first: int, end: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and factors in which each factor code first .. end - 1 meets all 16 codes at every place of a block."""
+    rows, columns = 32, (end - first) * block
+    k = columns + -columns % 32
+    codes = (np.arange(rows)[:, None] + np.arange(k)) % 16
+    factors = np.minimum(np.arange(first, first + k // block), end - 1)
+    return codes.astype(np.uint8), np.tile(factors, (rows, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 129), (122, 255), (0, 134)])
+def test_mxfp4_decodes_every_code_under_every_factor(decode: Decode, first: int, end: int) -> None:
+    """All that are 2 at most, and as many binades below the largest as bf16 holds of their products."""
+    blob, values = mxfp4(*every_code(first, end, 32))
+    np.testing.assert_array_equal(bits(decode("mxfp4", blob)), bits(padded(values)))
+
+
+def test_mxfp4_beside_a_far_larger_factor_vanishes(decode: Decode) -> None:
+    factors = np.repeat([[0, 254]], 32, 0).astype(np.uint8)
+    blob, values = mxfp4(np.full((32, 64), 1, np.uint8), factors)
+    decoded = decode("mxfp4", blob)[:32, :64]
+    np.testing.assert_array_equal(decoded[:, 32:], values[:, 32:])
+    assert not decoded[:, :32].any()
+
+
+def test_nvfp4_decodes_every_code_under_every_factor(decode: Decode) -> None:
+    blob, values = nvfp4(*every_code(0, 127, 16))
+    np.testing.assert_array_equal(bits(decode("nvfp4", blob)), bits(padded(values)))
+
+
+@pytest.mark.parametrize(("encoding", "block", "factors"), [(mxfp4, 32, (100, 140)), (nvfp4, 16, (0, 127))])
+@given(n=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=10)
+def test_fragments_are_the_weights_and_zeros_around_them(decode, encoding, block, factors, n, k, seed) -> None:
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(0, 16, (32 * n, 32 * k), dtype=np.uint8)
+    blob, values = encoding(codes, generator.integers(*factors, (32 * n, 32 * k // block), dtype=np.uint8))
+    np.testing.assert_array_equal(bits(decode(encoding.__name__, blob)), bits(padded(values)))
+
+
+@given(n=st.integers(1, 9), k=st.integers(1, 9))
+@settings(max_examples=10)
+def test_bf16_fragments_are_the_weights(decode, n, k) -> None:
+    weights = torch.randn(1, 32 * n, 32 * k, generator=torch.Generator().manual_seed(n)).bfloat16()
+    blob = pack_bf16(weights)
+    assert blob.shape == (1, -(-n // 4), -(-k // 4), 32768)
+    np.testing.assert_array_equal(decode("bf16", blob[0]), padded(weights[0].double().numpy()))
+
+
+def test_experts_are_packed_each_for_itself() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(256, (3, 160, 80), generator=generator, dtype=torch.uint8)
+    factors = torch.randint(129, (3, 160, 5), generator=generator, dtype=torch.uint8)
+    blob, _ = pack_mxfp4(codes, factors)
+    assert blob.shape == (3, 2, 2, 8704) and blob.is_contiguous() and blob.dtype is torch.uint8
+    for expert in range(3):
+        assert torch.equal(blob[expert], pack_mxfp4(codes[expert, None], factors[expert, None])[0][0])
+
+
+CODES = torch.zeros(1, 32, 32, dtype=torch.uint8)
+UE8M0 = torch.zeros(1, 32, 2, dtype=torch.uint8)
+E4M3 = torch.zeros(1, 32, 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        (lambda: pack_mxfp4(CODES[:, :31], UE8M0), "codes"),
+        (lambda: pack_mxfp4(CODES[..., :8], UE8M0), "codes"),
+        (lambda: pack_mxfp4(CODES.int(), UE8M0), "codes"),
+        (lambda: pack_mxfp4(CODES, UE8M0[..., :1]), "factors"),
+        (lambda: pack_mxfp4(CODES, UE8M0 + 255), "factors"),
+        (lambda: pack_nvfp4(CODES, E4M3), "factors"),
+        (lambda: pack_nvfp4(CODES, (E4M3 + 127).view(torch.float8_e4m3fn)), "factors"),
+        (lambda: pack_nvfp4(CODES, (E4M3 + 129).view(torch.float8_e4m3fn)), "factors"),
+        (lambda: pack_bf16(torch.zeros(1, 32, 48, dtype=torch.bfloat16)), "weights"),
+        (lambda: pack_bf16(torch.zeros(1, 32, 32)), "weights"),
+    ],
+)
+def test_wrong_operands_are_named(call: Callable[[], Tensor], argument: str) -> None:
+    with pytest.raises(InvalidArgument) as error:
+        call()
+    assert error.value.argument == argument
