@@ -17,6 +17,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "h200"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 REGIME = ("qwen3-235b", "dep2, with the plan of ep2 and its own")
 LAYERS = {"deepseek-r1-dep8": "DeepSeek-R1, dep8", "qwen3-235b-dep2": "Qwen3-235B-A22B, dep2"}
+FORMAT_CASES = {
+    "qwen3-235b:dep2": "Qwen3-235B-A22B, dep2",
+    "deepseek-r1:dep8": "DeepSeek-R1, dep8",
+    "gpt-oss-120b:tp1": "gpt-oss-120b, tp1",
+}
 WHOLE_CALL = "layer(x, logits): the whole call"
 GEMM_ROWS = ("1", "16", "64", "128", "256", "1024")
 
@@ -41,7 +46,7 @@ def tables() -> str:
     for name, gemm in gemms.items():
         cells = (_gemm_cell(rows, gemm["by_rows_per_expert"][rows]) for rows in GEMM_ROWS)
         lines.append(f"| {name} ({gemm['groups']} x {gemm['N']} x {gemm['K']}) | " + " | ".join(cells) + " |")
-    lines += ["", *_regime_table()]
+    lines += ["", *_format_tables(), "", *_regime_table()]
     roofs = _load("gemm")["roofs"]
     lines += [
         "",
@@ -51,6 +56,25 @@ def tables() -> str:
         "Raw numbers, with every variant's time: `benchmarks/results/h200/`.",
     ]
     return "\n".join(lines)
+
+
+def _format_tables() -> list[str]:
+    """Microseconds of a layer in each format, by tokens per rank."""
+    results = _load("formats")
+    rates = results["dense_tflops"]
+    lines = [
+        "A layer in each format by tokens per rank, us, with the fastest tactics, timed without rests. cuBLAS' dense",
+        f"rates in that run are {rates['bf16']:.0f} TFLOP/s in bf16, which all formats but fp8_block multiply in, and",
+        f"{rates['e4m3']:.0f} in FP8.",
+    ]
+    for case, title in FORMAT_CASES.items():
+        points = [point for point in results["points"] if point["case"] == case]
+        tokens = sorted({point["tokens"] for point in points})
+        lines += ["", f"| {title} | " + " | ".join(map(str, tokens)) + " |", "|---|" + "---|" * len(tokens)]
+        for format in dict.fromkeys(point["format"] for point in points):
+            us = {point["tokens"]: point["us"] for point in points if point["format"] == format}
+            lines.append(f"| `{format}` | " + " | ".join(f"{us[count]:.0f}" for count in tokens) + " |")
+    return lines
 
 
 def _regime_table() -> list[str]:

@@ -22,7 +22,6 @@ MXFP4_TWO_SM = Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100
 PLAIN_COOPERATIVE = Kernel.PtrArrayTmaWarpSpecializedCooperative
 SM120_PINGPONG = Kernel.PtrArrayTmaWarpSpecializedPingpong
 
-COMBINE = "spares a layer the rows' way to memory and back, 1 to 4 % of it"
 PRODUCER_SPILLS = "CUTLASS' producer warps keep 48 registers: some words go to memory once a tile, outside every K loop"
 
 
@@ -81,13 +80,11 @@ def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> Entry:
     return entry("sm_90a", format, (128, tokens, k), PLAIN_COOPERATIVE, why, swap_ab=True, family="mixed")
 
 
-def with_combine(plain: Entry, allow_spill: str | None = None) -> tuple[Entry, Entry]:
+def with_combine(plain: Entry, why: str, allow_spill: str | None = None) -> tuple[Entry, Entry]:
     """A kernel that leaves rows, for GEMM1, for callers that want them and for results that repeat bit by bit, and its
-    twin that adds them up as GEMM2."""
+    twin that adds them up as GEMM2, which spares a layer the rows' way to memory and back, 1 to 4 % of it."""
     variant = dataclasses.replace(plain.variant, ends="combine")
-    return plain, dataclasses.replace(
-        plain, variant=variant, why=f"the same, added up: {COMBINE}", allow_spill=allow_spill
-    )
+    return plain, dataclasses.replace(plain, variant=variant, why=why, allow_spill=allow_spill)
 
 
 def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
@@ -103,29 +100,48 @@ def block_scaled(format: str, k: int, one_sm: Kernel, two_sm: Kernel) -> tuple[E
 
 
 CATALOGUE: tuple[Entry, ...] = (
-    # Each says how often it was the fastest of 536 GEMMs (six layouts, 15 token counts, three distributions; of 268
-    # where it fuses SwiGLU) and what the worst of them loses without it: benchmarks/results/h200/grid.json.
-    *with_combine(direct((128, 128), "weights that tiles of 256 do not divide; fastest 5 times, 1 % lost without it")),
-    *with_combine(direct((128, 256), "from 65 rows per expert on; fastest 98 times, 17 % lost without it")),
-    direct((128, 256), "gate_up from 65 rows on, activated in place; fastest 90 times, 18 %", ends="swiglu"),
-    *with_combine(direct((128, 8), "up to 8 rows per expert; fastest 118 times, 6 %", swap_ab=True)),
-    *with_combine(direct((128, 16), "up to 16 rows per expert; fastest 58 times, 9 %", swap_ab=True)),
-    *with_combine(direct((128, 32), "17 to 32 rows per expert; fastest 11 times, 4 %", swap_ab=True)),
-    *with_combine(direct((128, 64), "33 to 64 rows per expert; fastest 15 times, 2 %", swap_ab=True)),
-    *with_combine(direct((256, 32), "17 to 32 rows, half as many tiles; fastest 22 times, 3 %", swap_ab=True)),
+    # Each says how often it was the fastest of 268 GEMMs (six layouts, 15 token counts, three distributions), as gemm1
+    # or as gemm2, which is timed with the sum over a token's experts, and what the worst of them loses without it:
+    # benchmarks/results/h200/grid.json.
     *with_combine(
-        direct((256, 64), "33 to 64 rows, half as many tiles; fastest 14 times, 4 %", swap_ab=True),
+        direct((128, 128), "gate_up that tiles of 256 do not divide; fastest 3 times, 2 % lost without it"),
+        "the same for down, added up; fastest 6 times, 7 %",
+    ),
+    *with_combine(
+        direct((128, 256), "gate_up of 65 to 128 rows per expert; fastest 8 times, 5 %"),
+        "down from 65 rows per expert on; fastest 79 times, 16 %",
+    ),
+    direct((128, 256), "gate_up from 65 rows on, activated in place; fastest 87 times, 20 %", ends="swiglu"),
+    *with_combine(
+        direct((128, 8), "gate_up of up to 8 rows where few experts have any; fastest 44 times, 4 %", swap_ab=True),
+        "down, up to 8 rows per expert; fastest 75 times, 8 %",
+    ),
+    *with_combine(
+        direct((128, 16), "gate_up of up to 16 rows where few experts have any; fastest 9 times, 4 %", swap_ab=True),
+        "down, up to 16 rows per expert; fastest 54 times, 4 %",
+    ),
+    *with_combine(
+        direct((128, 32), "gate_up of unequal 17 to 32 rows; fastest 7 times, 1 %", swap_ab=True),
+        "down, 17 to 32 rows per expert; fastest 13 times, 3 %",
+    ),
+    *with_combine(
+        direct((128, 64), "gate_up of unequal 33 to 64 rows; fastest 6 times, 2 %", swap_ab=True),
+        "down, 33 to 64 rows per expert; fastest 14 times, 5 %",
+    ),
+    *with_combine(
+        direct((256, 32), "gate_up of unequal 17 to 32 rows, half as many tiles; fastest 7 times, 1 %", swap_ab=True),
+        "down, 17 to 32 rows, half as many tiles; fastest 15 times, 4 %",
+    ),
+    *with_combine(
+        direct((256, 64), "gate_up of 33 to 64 rows, half as many tiles; fastest 8 times, 2 %", swap_ab=True),
+        "down, 33 to 64 rows, half as many tiles; fastest 12 times, 7 %",
         allow_spill="two words, once a tile",
     ),
-    direct(
-        (256, 16), "gate_up of up to 16 rows, activated in place; fastest 88 times, 8 %", swap_ab=True, ends="swiglu"
-    ),
-    direct(
-        (256, 32), "gate_up of up to 32 rows, activated in place; fastest 15 times, 7 %", swap_ab=True, ends="swiglu"
-    ),
-    direct((256, 64), "gate_up of 33 to 64 rows, in place; fastest 2 times, 1.5 %", swap_ab=True, ends="swiglu"),
-    direct((256, 16), "up to 16 rows, loaded from where they came in", swap_ab=True, ends="gather_swiglu"),
-    direct((256, 32), "up to 32 rows, loaded from where they came in", swap_ab=True, ends="gather_swiglu"),
+    direct((256, 16), "gate_up of up to 16 rows, activated too; fastest 52 times, 6 %", swap_ab=True, ends="swiglu"),
+    direct((256, 32), "gate_up of up to 32 rows, activated too; fastest 10 times, 8 %", swap_ab=True, ends="swiglu"),
+    direct((256, 64), "gate_up of 33 to 64 rows, in place; fastest once, 1 %", swap_ab=True, ends="swiglu"),
+    direct((256, 16), "tokens from where they came in; fastest 26 times, 2 %", swap_ab=True, ends="gather_swiglu"),
+    direct((256, 32), "tokens from where they came in; fastest twice, 1 %", swap_ab=True, ends="gather_swiglu"),
     *(
         entry
         for weights in ("mxfp4", "nvfp4", "bf16")
@@ -137,7 +153,7 @@ CATALOGUE: tuple[Entry, ...] = (
             mixed(weights, 128, "65 to 128 rows per expert", k=64 if weights == "bf16" else 128),
             mixed(weights, 256, "more rows: weights are decoded half as often; stages of 64 for four to fit", k=64),
         )
-        for entry in with_combine(plain)
+        for entry in with_combine(plain, "the same, added up as gemm2")
     ),
     collective((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
     collective((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),

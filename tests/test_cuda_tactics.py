@@ -221,7 +221,7 @@ def test_defaults_hold_the_rows_and_their_spread(tokens_a_rank: int, gemm1: str,
         assert f"_direct_{tile}x128_" in chosen.name
         # Fusing needs half of the tiles, so it waits for a tile of many rows where 32 hold no expert's.
         assert chosen.swiglu == (gemm == "gemm1" and tile != "256x64")
-        assert chosen.gathers == (gemm == "gemm1" and tile in ("256x16", "256x32"))
+        assert not chosen.gathers
         assert chosen.combines == (gemm == "gemm2")
         assert made.can_implement(problem(), gemm, chosen.name) is None
 
@@ -246,7 +246,7 @@ def test_fusing_waits_for_enough_tiles_to_fill_the_gpu(tokens_a_rank: int, fused
     """A layer of 16 tiles of 256 gate_up rows an expert; one token at ep8 keeps one of the 32 experts busy."""
     made, shape = executor(library()), problem(parallel="ep8")
     chosen = made.variants[made.default_tactic(shape, "gemm1", kernel_rows(tokens_a_rank, shape.parallel))]
-    assert (chosen.swiglu, chosen.gathers) == (fused, fused)
+    assert (chosen.swiglu, chosen.gathers) == (fused, False)
 
 
 @pytest.mark.parametrize("format", ["mxfp8_mxfp4", "nvfp4", "bf16"])
@@ -266,13 +266,8 @@ def test_defaults_of_a_library_without_twins() -> None:
         assert not any(variant.gathers or variant.combines for variant in chosen)
 
 
-def measured_name(name: str) -> str:
-    """Of the kernel that the grid timed: twins that gather or combine are younger, and no slower."""
-    return name.removesuffix("_combine").replace("_gather_", "_")
-
-
-WORST_OVER_FASTEST = {"balanced": 0.08, "random": 0.035, "zipf:1.0": 0.065}
-MEAN_OVER_FASTEST = {"balanced": 0.008, "random": 0.004, "zipf:1.0": 0.01}
+WORST_OVER_FASTEST = {"balanced": 0.09, "random": 0.08, "zipf:1.0": 0.05}
+MEAN_OVER_FASTEST = {"balanced": 0.012, "random": 0.006, "zipf:1.0": 0.012}
 
 
 @pytest.mark.parametrize("distribution", WORST_OVER_FASTEST)
@@ -286,7 +281,7 @@ def test_defaults_are_near_the_fastest_that_was_measured(distribution: str) -> N
         for gemm in GEMMS:
             times = point["gemms"][gemm]["scouted"] | point["gemms"][gemm]["us"]
             chosen = made.default_tactic(shape, gemm, kernel_rows(point["tokens"], shape.parallel))
-            default += times[measured_name(chosen)]
+            default += times[chosen]
             fastest += min(times.values())
         slower.append(default / fastest - 1)
     assert len(slower) > 80

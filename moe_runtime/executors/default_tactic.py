@@ -11,22 +11,30 @@ from .base import Gemm, MoEProblem, rows_to_hold
 NARROW = 32
 """Tokens of a tile up to which a GEMM is bound by reading weights, and fusing the activation costs it nothing."""
 
+WIDE, WORTH_HALF = 256, 0.57
+"""Tokens from which a tile is bound by multiplying, and the share of it that must be rows for it to beat one of half
+the size: at 128 rows a tile of 256 takes 1.8 times as long, at 256 rows 0.91."""
+
 
 def default_variant(
     able: Sequence[KernelVariant], problem: MoEProblem, gemm: Gemm, num_rows: int, sm_count: int
 ) -> KernelVariant:
     """Of the variants that can run a GEMM of a call with num_rows rows, the one to run without having measured.
 
-    The least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and its
-    twin that gathers or combines, where there is one: it was never slower. Both GEMMs with their defaults against the
-    fastest of each, over benchmarks/results/h200/grid.json (held by a test): random routing is 0.3 % slower on average
-    and 3 % at worst, balanced 0.7 and 8 %, zipf:1.0 0.9 and 6 %.
+    The least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and in
+    gemm2 the twin that combines: at the median it takes 8 % less than its plain kernel and the sum after it. Kernels
+    that gather win 2 % where rows are few and lose up to 60 % where some experts get many: those are for the tuner.
+
+    Both GEMMs with their defaults against the fastest of each, over benchmarks/results/h200/grid.json (held by a test):
+    random routing is 0.5 % slower on average and 7 % at worst, balanced 1.1 and 8 %, zipf:1.0 1.0 and 5 %.
     """
     mean = problem.mean_rows(num_rows)
     rows = rows_to_hold(mean)
     plain = [variant for variant in able if variant.stores_rows]
     tiles = sorted({variant.token_tile for variant in plain})
     tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
+    if tile >= WIDE and mean < WORTH_HALF * tile:
+        tile = max(smaller for smaller in tiles if smaller < tile)
     # Of experts with a Poisson number of rows, those that have any.
     busy = problem.num_local_experts * -math.expm1(-mean)
     columns, _ = problem.gemm_shape(gemm)
@@ -39,7 +47,7 @@ def default_variant(
 
     fused = [variant for variant in able if variant.swiglu and not variant.gathers and pays(variant)]
     if fused:
-        return twin(min(fused, key=lambda variant: variant.token_tile), able, "swiglu", "gather_swiglu")
+        return min(fused, key=lambda variant: variant.token_tile)
     # Few rows: many narrow tiles fill the GPU more evenly; many rows: a wide one reads the tokens less often.
     suited = [variant for variant in plain if variant.token_tile == tile]
     chosen = (min if tile <= NARROW else max)(suited, key=lambda variant: variant.weight_tile)
