@@ -13,7 +13,7 @@ from itertools import product
 import msgspec
 
 from ..executors.base import LayerTrial, TacticPair
-from .measure import Rule, beats, judge, winner
+from .measure import Rule, beats, judge, objective_us, winner
 from .plan import GemmChoice, PairTiming, PlanEntry
 from .profiler import SCOUT_ROUNDS, final, race, scouts
 
@@ -57,13 +57,19 @@ def race_pairs(
     """The entry with the pair that its layer is to run, and the times of all.
 
     What the GEMMs' own times chose stays, unless the winner by the rule that also judges each GEMM beats that by the
-    same rule: one percent of a GEMM is worth having, but is less than one of the layer.
+    same rule: one percent of a GEMM is worth having, but is less than one of the layer. It goes, too, where the layer
+    takes longer with it than with the default pair.
     trials: of the workloads of each sample. Raises OutOfTime.
     """
     scouted = race(scouts(trials), pairs, SCOUT_ROUNDS, deadline)
     times = final(trials, pairs, scouted, deadline)
     best = winner(times, entry.default_pair, rule)
-    stays = entry.pair in times and not beats(times[best], times[entry.pair], rule)
+    us = {pair: objective_us(samples, rule.objective) for pair, samples in times.items()}
+    stays = (
+        entry.pair in times
+        and not beats(times[best], times[entry.pair], rule)
+        and us[entry.pair] <= us.get(entry.default_pair, us[entry.pair])
+    )
     gemm1, gemm2 = entry.pair if stays else best
     return msgspec.structs.replace(
         entry,
