@@ -64,13 +64,15 @@ def _refuse_others(function: str, others: dict[str, object], neutral: dict[str, 
             raise InvalidArgument(name, repr(value), " or ".join(map(repr, neutral[name])))
 
 
-def _shared_experts(others: dict[str, object], num_experts: int, local_num_experts: int) -> int:
-    """num_fused_shared_experts, taken out of the arguments; those that count experts and slots do not count them."""
+def _with_shared_experts(
+    others: dict[str, object], num_experts: int, top_k: int, local_num_experts: int
+) -> tuple[int, int, int, int]:
+    """num_fused_shared_experts, taken out of the arguments, and the other counts, which come without it, with it."""
     shared = others.pop("num_fused_shared_experts", None) or 0
     if not isinstance(shared, int) or shared < 0 or (shared and local_num_experts != num_experts):
         accepted = "None, 0, or a number where all experts are local"
         raise InvalidArgument("num_fused_shared_experts", repr(shared), accepted)
-    return shared
+    return shared, num_experts + shared, top_k + shared, local_num_experts + shared
 
 
 def fp8_block_scale_moe(
@@ -127,8 +129,7 @@ def fp8_block_scale_moe(
             routed_scaling_factor, routing_method_type, tune_max_num_tokens=tune_max_num_tokens, use_dp=use_dp,
             do_finalize=do_finalize, output=output, plan=plan, **others,
         )  # fmt: skip
-    shared = _shared_experts(others, num_experts, local_num_experts)
-    num_experts, top_k, local_num_experts = num_experts + shared, top_k + shared, local_num_experts + shared
+    shared, num_experts, top_k, local_num_experts = _with_shared_experts(others, num_experts, top_k, local_num_experts)
     _refuse_others("fp8_block_scale_moe", others, _NEUTRAL_FP8_BLOCK)
     parallel, rank = _shard(num_experts, local_expert_offset, local_num_experts, use_dp)
     if gemm1_weights.shape[1] != 2 * intermediate_size:
@@ -213,8 +214,9 @@ def _make_function(format: Format) -> Callable[..., Tensor | list[Tensor]]:
         plan: Plan | None = None,
         **others: object,
     ) -> Tensor | list[Tensor]:
-        shared = _shared_experts(others, num_experts, local_num_experts)
-        num_experts, top_k, local_num_experts = num_experts + shared, top_k + shared, local_num_experts + shared
+        shared, num_experts, top_k, local_num_experts = _with_shared_experts(
+            others, num_experts, top_k, local_num_experts
+        )
         _refuse_others(name, others, _NEUTRAL)
         activation = _ACTIVATIONS.get(3 if activation_type is None else int(activation_type))
         if activation is None:
@@ -232,6 +234,8 @@ def _make_function(format: Format) -> Callable[..., Tensor | list[Tensor]]:
             _factors(format, gemm1_weights, gemm1_weights_scale),
             gemm2_weights,
             _factors(format, gemm2_weights, gemm2_weights_scale),
+            gate_up_global=output1_scale_gate_scalar,
+            down_global=output2_scale_scalar,
             gate_up_bias=gemm1_bias,
             down_bias=gemm2_bias,
             alpha=gemm1_alpha,
@@ -315,7 +319,7 @@ _bound: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _bind(problem: MoEProblem, weights: PackedWeights, *tensors: Tensor | None) -> LayerWeights:
-    """weights, checked, with output scalars in place of its scales.
+    """weights, which have the scalars of both GEMMs as their global scales, checked and with output1's.
 
     tensors: the scales of both weights as the caller gave them, then output1, output1 gate and output2 scalar.
     """
@@ -335,16 +339,13 @@ def _bind(problem: MoEProblem, weights: PackedWeights, *tensors: Tensor | None) 
         bound: LayerWeights = found[1]
         return bound
     weights.check(problem.config, problem.num_local_experts, _NAMES)
-    *_, output1, gate, output2 = tensors
+    *_, output1, gate, _ = tensors
     multiplier = None
     if output1 is not None:
         multiplier = output1 if gate is None else output1 / gate
     elif gate is not None:
         multiplier = gate.reciprocal()
-    operands = executor.prepare(weights)._replace(
-        gemm1_scale=gate, activation_multiplier=multiplier, gemm2_scale=output2
-    )
-    made = BoundWeights(operands)
+    made = BoundWeights(executor.prepare(weights)._replace(activation_multiplier=multiplier))
     if executor.name == "cuda":  # on a CPU the operands hold the key, and there is nothing to pack
         _bound[key] = (state, made, others)  # which keeps the ids of the others from being reused
     return made

@@ -56,16 +56,20 @@ def fields(args: LayerArguments) -> dict[str, int]:
     return {name: getattr(args, name) or 0 for name, *_ in LayerArguments._fields_}
 
 
-@pytest.fixture
-def executor(monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
+def executor_of(library: NotingLibrary, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
+    """On a GPU that is not there."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "noted")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
-    library = NotingLibrary()
     monkeypatch.setattr(cuda, "load_library", lambda _: library)
-    executor = CudaExecutor(torch.device("cuda", 0))
+    return CudaExecutor(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def executor(monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
+    executor = executor_of(NotingLibrary(), monkeypatch)
     monkeypatch.setattr("moe_runtime.layer.get_executor", lambda _: executor)
     return executor
 

@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import weakref
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 
 from moe_runtime import FusedMoE, PackedWeights, Unsupported, flashinfer
-from moe_runtime.executors import cuda
 from moe_runtime.executors.base import GEMMS, LayerInputs
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.formats import FORMATS, Tokens, Weights
@@ -22,11 +20,10 @@ from moe_runtime.formats.tokens import quantise_tokens
 from moe_runtime.kernels import DTYPE_BF16, DTYPE_E2M1, DTYPE_E4M3, KernelVariant, LayerArguments
 from moe_runtime.ops import shared_calls
 from moe_runtime.weights import BoundWeights, packed
-from tests.test_cuda_arguments import NotingLibrary, fields
+from tests.test_cuda_arguments import NotingLibrary, executor_of, fields
 from tests.test_flashinfer import FUNCTIONS, call_arguments, with_scalars
 from tests.test_format_layers import PACKED, make_inputs, make_problem, make_weights
 
-STREAM = 77
 FACTORS = ("gemm1_bias", "alpha", "beta", "clamp", "activation_multiplier", "gemm2_bias")
 
 
@@ -55,15 +52,9 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.fixture
 def executor(monkeypatch: pytest.MonkeyPatch, tiles: list[Tensor]) -> Iterator[CudaExecutor]:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "noted")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: STREAM, raising=False)
     library = NotingLibrary()
     library.variants = variants()
-    monkeypatch.setattr(cuda, "load_library", lambda _: library)
-    executor = CudaExecutor(torch.device("cuda", 0))
+    executor = executor_of(library, monkeypatch)
     for module in ("layer", "flashinfer", "ops"):
         monkeypatch.setattr(f"moe_runtime.{module}.get_executor", lambda _: executor)
     shared_calls.cache_clear()  # which keeps the executors of devices
@@ -178,6 +169,25 @@ def test_functions_find_packed_weights_again(executor: CudaExecutor, format: str
     assert len(tiles) == 4
     function(**{**arguments, "gemm2_weights": arguments["gemm2_weights"].clone()})
     assert len(tiles) == 6
+
+
+@pytest.mark.parametrize("format", ["fp8_mxfp4", "mxfp8_mxfp4"])
+def test_functions_keep_what_packing_took_out_of_the_factors(
+    executor: CudaExecutor, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing divides factors above 2, and output scalars come on top."""
+    divided = iter((4.0, 8.0))
+    monkeypatch.setattr(packed, "_tiles", lambda _encoding, values, _scale: (values.clone(), next(divided)))
+    problem = make_problem(format)
+    arguments = call_arguments(format, problem, *with_scalars(format, problem))
+    FUNCTIONS[format](**arguments)
+    operands = flashinfer._bound[arguments["gemm1_weights"]][1].operands
+    ones = torch.ones(problem.num_local_experts)
+    for scale, scalar, factor in (
+        (operands.gemm1_scale, arguments["output1_scale_gate_scalar"], 4),
+        (operands.gemm2_scale, arguments["output2_scale_scalar"], 8),
+    ):
+        assert torch.equal(scale, factor * (ones if scalar is None else scalar))
 
 
 def test_packed_weights_go_with_the_caller_s(executor: CudaExecutor, tiles: list[Tensor]) -> None:
