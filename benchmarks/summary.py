@@ -40,7 +40,8 @@ def tables() -> str:
     layers = [_load(f"layer-{key}")["results"] for key in LAYERS]
     for tokens in sorted({int(n) for layer in layers for n in layer}):
         lines.append(f"| {tokens} | " + " | ".join(_layer_cell(layer.get(str(tokens))) for layer in layers) + " |")
-    lines += ["", "The fastest grouped GEMM by rows per expert: TB/s of weights up to 64 rows, TFLOP/s above.", ""]
+    units = "TB/s of weights up to 64 rows, TFLOP/s above."
+    lines += ["", f"The fastest grouped GEMM by rows per expert{_older('gemm')}: {units}", ""]
     gemms = _load("gemm")["results"]
     lines += ["| GEMM | " + " | ".join(GEMM_ROWS) + " |", "|---|" + "---|" * len(GEMM_ROWS)]
     for name, gemm in gemms.items():
@@ -85,7 +86,7 @@ def _regime_table() -> list[str]:
     regret, default, best = case["regret"], case["default"], max(point["gain"] for point in case["points"])
     return [
         "Why a plan belongs to a layout: Qwen3-235B-A22B under dep2, random routing, a whole layer with the plan tuned",
-        "for ep2 and with its own.",
+        f"for ep2 and with its own{_older('tuner-qwen3-235b')}.",
         "",
         "| tokens per rank | " + " | ".join(str(point["tokens"]) for point in points) + " |",
         "|---|" + "---|" * len(points),
@@ -111,6 +112,12 @@ def with_tables(readme: str) -> str:
 def _load(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return result
+
+
+def _older(name: str) -> str:
+    """What to say of results that come from another commit than the layers."""
+    commits = [_load(each)["environment"]["commit"] for each in (name, f"layer-{next(iter(LAYERS))}")]
+    return "" if commits[0] == commits[1] else f" (by the kernels of commit {commits[0]})"
 
 
 def _layer_cell(point: dict[str, Any] | None) -> str:

@@ -25,7 +25,7 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..errors import InvalidArgument
 from ..formats import Tokens, Weights, fp8_block, mxfp4, nvfp4
-from ..formats.elements import E2M1_MAX
+from ..formats.elements import E2M1_MAX, concatenate
 from ..formats.weights import Encoded, check_factors, quantise_weights, stack_experts
 from ..parallel import Parallel
 from ..weights import ExpertWeights, FP8BlockWeights, PackedWeights, deinterleave
@@ -231,20 +231,13 @@ def _experts(
             got = f"an fp32 scale of {float(gate.global_scale)} beside {float(up.global_scale)} of up_proj"  # type: ignore[arg-type]
             raise InvalidArgument(name, got, "the same of both, whose products are scaled together")
         joined = Encoded(
-            _cat_rows(gate.values, up.values),
-            None if gate.scale is None or up.scale is None else _cat_rows(gate.scale, up.scale),
+            concatenate((gate.values, up.values), 1),
+            None if gate.scale is None or up.scale is None else concatenate((gate.scale, up.scale), 1),
             gate.global_scale,
         )
         gate_up.append(encode(joined))
         down.append(encode(projection(expert, "down_proj")))
     return stack_experts(gate_up), stack_experts(down)
-
-
-def _cat_rows(first: Tensor, second: Tensor) -> Tensor:
-    if first.dtype != torch.float8_e4m3fn:
-        return torch.cat([first, second], 1)
-    # As bytes: torch implements few operations on e4m3 itself.
-    return torch.cat([first.view(torch.uint8), second.view(torch.uint8)], 1).view(torch.float8_e4m3fn)
 
 
 def _fp8_block(gate_up: Encoded, down: Encoded) -> FP8BlockWeights:

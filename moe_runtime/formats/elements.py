@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -43,6 +44,13 @@ def pack_e2m1(codes: Tensor) -> Tensor:
 def unpack_e2m1(packed: Tensor) -> Tensor:
     """Inverse of pack_e2m1: bytes uint8 [..., K/2] -> codes uint8 [..., K]."""
     return torch.stack([packed & 0xF, packed >> 4], -1).flatten(-2)
+
+
+def concatenate(tensors: Sequence[Tensor], dimension: int = 0) -> Tensor:
+    """torch.cat of one dtype, e4m3 as bytes: torch implements few operations on it."""
+    if tensors[0].dtype != torch.float8_e4m3fn:
+        return torch.cat(list(tensors), dimension)
+    return torch.cat([tensor.view(torch.uint8) for tensor in tensors], dimension).view(torch.float8_e4m3fn)
 
 
 def round_e4m3(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import fp8_block, mxfp4, nvfp4
-from .elements import E4M3_NAN, UE8M0_NAN
+from .elements import E4M3_NAN, UE8M0_NAN, concatenate
 from .registry import Weights
 
 
@@ -41,6 +41,16 @@ def quantise_weights(encoding: Weights, w: Tensor) -> Encoded:
             return Encoded(w.to(torch.bfloat16))
 
 
+def quantise_experts(encoding: Weights, w: Tensor, name: str) -> Encoded:
+    """w [L, N, K] bf16 or f32, an expert at a time: quantising works in float32, which for all takes many times the
+    memory of the result. Raises InvalidArgument, by the name, for another dtype or number of dimensions.
+    """
+    if w.ndim != 3 or w.dtype not in (torch.bfloat16, torch.float32):
+        got = f"{w.dtype} of shape {list(w.shape)}"
+        raise InvalidArgument(name, got, "a bfloat16 or float32 tensor of three dimensions")
+    return stack_experts([quantise_weights(encoding, w[expert : expert + 1]) for expert in range(len(w))])
+
+
 def dequantise_weights(
     encoding: Weights, values: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -63,10 +73,7 @@ def stack_experts(experts: Sequence[Encoded]) -> Encoded:
 
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
         present = [tensor for tensor in tensors if tensor is not None]
-        if not present or present[0].dtype != torch.float8_e4m3fn:
-            return torch.cat(present) if present else None
-        # As bytes: torch implements few operations on e4m3 itself.
-        return torch.cat([tensor.view(torch.uint8) for tensor in present]).view(torch.float8_e4m3fn)
+        return concatenate(present) if present else None
 
     values, scale, global_scale = (joined(tensors) for tensors in zip(*experts, strict=True))
     assert values is not None

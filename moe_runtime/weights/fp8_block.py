@@ -15,7 +15,7 @@ from ..config import MoEConfig
 from ..errors import InvalidArgument
 from ..executors.base import check_tensor
 from ..formats import Weights, fp8_block
-from ..formats.weights import quantise_weights, stack_experts
+from ..formats.weights import quantise_experts
 from .base import Operands
 
 
@@ -80,15 +80,8 @@ class FP8BlockWeights:
     @classmethod
     def quantise_bf16(cls, gate_up: Tensor, down: Tensor, gate_first: bool = True) -> FP8BlockWeights:
         """gate_up [L, 2I, H] and down [L, H, I], bf16 or f32, to fp8_block."""
-        for name, tensor in (("gate_up", gate_up), ("down", down)):
-            if tensor.ndim != 3 or tensor.dtype not in (torch.bfloat16, torch.float32):
-                got = f"{tensor.dtype} of shape {list(tensor.shape)}"
-                raise InvalidArgument(name, got, "a bfloat16 or float32 tensor of three dimensions")
-        halves = [
-            stack_experts([quantise_weights(Weights.FP8_BLOCK, w[expert : expert + 1]) for expert in range(len(w))])
-            for w in (gate_up, down)
-        ]
-        (values, scale, _), (down_values, down_scale, _) = halves
+        values, scale, _ = quantise_experts(Weights.FP8_BLOCK, gate_up, "gate_up")
+        down_values, down_scale, _ = quantise_experts(Weights.FP8_BLOCK, down, "down")
         assert scale is not None and down_scale is not None
         return cls(values, scale, down_values, down_scale, gate_first)
 

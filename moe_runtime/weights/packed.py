@@ -17,7 +17,7 @@ from ..errors import InvalidArgument
 from ..executors.base import check_tensor
 from ..formats import Extra, Weights, find_format
 from ..formats.elements import E2M1_VALUES, UE8M0_BIAS
-from ..formats.weights import Encoded, check_factors, described, quantise_weights, stack_experts
+from ..formats.weights import Encoded, check_factors, described, quantise_experts
 from .base import Operands
 
 
@@ -170,12 +170,9 @@ class PackedWeights:
 
         others: fields of the class that the format's encoding does not give, such as biases and scales of tokens.
         """
-        for name, tensor in (("gate_up", gate_up), ("down", down)):
-            if tensor.ndim != 3 or tensor.dtype not in (torch.bfloat16, torch.float32):
-                got = f"{tensor.dtype} of shape {list(tensor.shape)}"
-                raise InvalidArgument(name, got, "a bfloat16 or float32 tensor of three dimensions")
         encoding = find_format(format).weights
-        return cls.from_encoded(format, _each_expert(encoding, gate_up), _each_expert(encoding, down), **others)
+        encoded = (quantise_experts(encoding, w, name) for w, name in ((gate_up, "gate_up"), (down, "down")))
+        return cls.from_encoded(format, *encoded, **others)
 
     @classmethod
     def from_encoded(cls, format: str, gate_up: Encoded, down: Encoded, **others: Any) -> PackedWeights:
@@ -263,11 +260,6 @@ def _tiles(encoding: Weights, values: Tensor, scale: Tensor | None) -> tuple[Ten
     if scale is None:
         return packing.pack_bf16(values), 1.0
     return packing.pack_mxfp4(values, scale) if encoding == Weights.MXFP4 else (packing.pack_nvfp4(values, scale), 1.0)
-
-
-def _each_expert(encoding: Weights, w: Tensor) -> Encoded:
-    # One at a time: quantising works in float32, which for all of a layer takes many times the memory of the result.
-    return stack_experts([quantise_weights(encoding, w[expert : expert + 1]) for expert in range(len(w))])
 
 
 def _random_encoded(
