@@ -9,6 +9,7 @@ from .config import MoEConfig, RoutingMethod
 from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, Unsupported
 from .layer import FusedMoE, fused_moe
 from .parallel import Parallel
+from .placement import Placement, Placements, physical_config
 from .tuning.plan import Plan
 from .weights import FP8BlockWeights, PackedWeights
 
@@ -21,10 +22,13 @@ __all__ = [
     "MoEError",
     "PackedWeights",
     "Parallel",
+    "Placement",
+    "Placements",
     "Plan",
     "PlanRefused",
     "RoutingMethod",
     "Unsupported",
     "fused_moe",
     "load_experts",
+    "physical_config",
 ]

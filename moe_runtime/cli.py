@@ -1,4 +1,4 @@
-"""moe-runtime tune | run | plan | explain | info | variants."""
+"""moe-runtime tune | run | plan | explain | report | record | place | info | variants."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ import typer
 from rich import box
 from rich.table import Table
 
-from . import cli_plan, cli_record, cli_report, machine, tuning
+from . import cli_place, cli_plan, cli_record, cli_report, machine, tuning
 from .cli_options import (
     DeviceOption,
     FormatOption,
     JsonOption,
     ModelOption,
     ParallelOption,
+    PlacementOption,
     RankOption,
     ScaleOption,
     SeedOption,
@@ -31,12 +32,14 @@ from .cli_options import (
     named_executor,
     out,
     parse_seconds,
+    placed_config,
     title,
 )
 from .errors import InvalidArgument, MoEError
 from .executors.base import GEMMS, MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
+from .placement import read_digest
 from .tables import plan_table
 from .trial_run import run_once
 from .tuning import Plan
@@ -60,6 +63,7 @@ app.add_typer(cli_plan.plans, name="plan")
 app.command()(cli_plan.explain)
 app.command()(cli_report.report)
 app.command()(cli_record.record)
+app.command()(cli_place.place)
 
 
 @app.command()
@@ -74,6 +78,7 @@ def tune(
         str | None, typer.Option(help=f"{' or '.join(DISTRIBUTIONS)}; by default {DISTRIBUTION_VARIABLE}, or balanced.")
     ] = None,
     rank: RankOption = 0,
+    placement: PlacementOption = None,
     dispatch: Annotated[str, typer.Option(help=f"How tokens reach the rank: {' or '.join(DISPATCHES)}.")] = DISPATCH,
     objective: Annotated[str, typer.Option(help=f"{' or '.join(OBJECTIVES)} of the time over the samples.")] = "mean",
     samples: Annotated[int, typer.Option(help="Workloads that are drawn and timed per bucket.")] = 1,
@@ -93,18 +98,20 @@ def tune(
 
     Started by torchrun, with one process a GPU, the processes share the work and rank 0 writes the plan.
     """
-    problem = MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel, rank))
+    layout = Parallel.parse(parallel, rank)
+    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
     chosen = default_distribution() if distribution is None else check_distribution(distribution)
     if launched() and device != "cpu":
         use_local_gpu()
     executor = named_executor(device)
     other = [dispatch] * (dispatch != DISPATCH) + [objective] * (objective != "mean")
     other += [] if format is None else [format]
+    other += [] if placement is None else ["placed", read_digest(str(placement))]
     path = output or _plan_path(problem, [chosen, *other], max_tokens, executor.device_name)
     weights = random_weights(problem, seed, executor.name)
     settings: dict[str, Any] = {
         "dispatch": dispatch, "objective": objective, "samples": samples, "margin": margin, "confidence": confidence,
-        "budget_seconds": None if budget is None else parse_seconds(budget),
+        "budget_seconds": None if budget is None else parse_seconds(budget), "placement": str(placement or ""),
     }  # fmt: skip
     if not is_writer():
         with vetting(problem, str(weights.device), seed) as vet:

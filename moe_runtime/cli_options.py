@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,6 +16,8 @@ from .errors import InvalidArgument, Unsupported
 from .executors import get_executor
 from .executors.base import Executor, MoEProblem
 from .formats import FORMATS
+from .parallel import Parallel
+from .placement import Placements, physical_config
 from .tables import make_console
 
 out, err = make_console(), make_console(stderr=True)
@@ -32,6 +35,13 @@ RankOption = Annotated[int, typer.Option(help="The rank whose share is run, 0 to
 DeviceOption = Annotated[str | None, typer.Option(help="cuda or cpu; the GPU where there is one.")]
 ScaleOption = Annotated[int, typer.Option(min=1, help="Divide hidden and intermediate size by this.")]
 SmallOption = Annotated[bool, typer.Option("--small", help="Scale the layer to what this machine's CPU can time.")]
+PlacementOption = Annotated[
+    Path | None, typer.Option(help="Where experts lie and which have replicas, from `moe-runtime place`.")
+]
+MovedPlacementOption = Annotated[
+    list[Path] | None,
+    typer.Option("--placement", help="Where a placement that a plan was tuned under is now, if not where it was."),
+]
 SeedOption = Annotated[int, typer.Option(help="Of the random weights, rows and routing.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="JSON on stdout in place of a table.")]
 
@@ -56,6 +66,16 @@ def named_config(model: str, format: str | None, scale: int, small: bool) -> MoE
     if small:
         return machine.scaled_to_cpu(config)
     return config if scale == 1 else machine.scaled_by(config, scale)
+
+
+def placed_config(config: MoEConfig, parallel: Parallel, placement: Path | None) -> MoEConfig:
+    """The layer with an expert for each slot of --placement; as it is without one. Raises InvalidArgument."""
+    if placement is None:
+        return config
+    placements = Placements.load(placement)
+    physical = physical_config(config, placements)
+    placements.check_problem(physical, parallel)
+    return physical
 
 
 def title(problem: MoEProblem) -> str:

@@ -18,12 +18,15 @@ from .cli_options import (
     DeviceOption,
     FormatOption,
     JsonOption,
+    MovedPlacementOption,
+    PlacementOption,
     ScaleOption,
     SmallOption,
     err,
     named_config,
     named_executor,
     out,
+    placed_config,
     title,
 )
 from .errors import InvalidArgument, MoEError, PlanRefused
@@ -86,11 +89,12 @@ def check(
     format: FormatOption = None,
     scale: ScaleOption = 1,
     small: SmallOption = False,
+    placement: PlacementOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say whether a plan can be used here, and what to do where it cannot; exit status 1 when it cannot."""
-    problem = _problem(model, parallel, format, scale, small)
+    problem = _problem(model, parallel, format, scale, small, placement)
     executor = named_executor(device)
     try:
         findings = tools.check(Plan.load(plan), executor, problem)
@@ -128,10 +132,11 @@ def merge(
 def explain(
     plan: PlanArgument,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank; under dep<N> the kernels get N times as many.")],
+    placement: MovedPlacementOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tell why a plan runs which tactics at so many tokens: the bucket, its workload, the candidates, the rule."""
-    loaded = Plan.load(plan)
+    (loaded,) = tools.with_placement([Plan.load(plan)], placement or [])
     found = explain_plan(loaded, tokens)
     if as_json:
         _print_json(found)
@@ -228,13 +233,16 @@ def _times(timing: Timing) -> tuple[str, str]:
     return f"{timing.us:.1f}", f"{timing.low:.1f} to {timing.high:.1f}"
 
 
-def _problem(model: str | None, parallel: str | None, format: str | None, scale: int, small: bool) -> MoEProblem | None:
+def _problem(
+    model: str | None, parallel: str | None, format: str | None, scale: int, small: bool, placement: Path | None
+) -> MoEProblem | None:
     if (model is None) != (parallel is None):
         missing = "--model" if model is None else "--parallel"
         raise InvalidArgument(missing, "nothing", "--model and --parallel together, or neither")
     if model is None or parallel is None:
         return None
-    return MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel))
+    layout = Parallel.parse(parallel)
+    return MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
 
 
 def _layer(key: PlanKey) -> str:
@@ -245,7 +253,8 @@ def _layer(key: PlanKey) -> str:
 
 
 def _workload(key: PlanKey) -> str:
-    return f"{key.distribution}, {key.dispatch}, {key.objective}, up to {key.tune_max_num_tokens} tokens a rank"
+    placed = f"placed by {key.placement}, " if key.placement else ""
+    return f"{placed}{key.distribution}, {key.dispatch}, {key.objective}, up to {key.tune_max_num_tokens} tokens a rank"
 
 
 def _progress(plan: Plan) -> str:

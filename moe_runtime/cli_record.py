@@ -39,7 +39,7 @@ def record(
         bool, typer.Option("--histogram", help="Keep how often each expert was chosen, not each token's ids.")
     ] = False,
 ) -> None:
-    """Run a model and write what its routers chose, for `tune --distribution recorded:FILE`.
+    """Run a model and write what its routers chose, for `tune --distribution recorded:FILE` and `place --load FILE`.
 
     Ctrl-C keeps the calls that are done.
     """

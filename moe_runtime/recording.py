@@ -131,81 +131,106 @@ def read_layer(path: Path, config: MoEConfig, index: int) -> Tensor:
     a model with another number of experts or top_k.
     """
     try:
-        stamp = path.stat()
-    except OSError as error:
-        raise _refused(path, str(error.strerror), "a recording that can be read") from None
-    # Tuning asks for the same file once a bucket and sample.
-    layers = _read(path, config.num_experts, config.top_k, stamp.st_mtime_ns, stamp.st_size)
+        layers = list(_stored(path, config).values())
+    except _Refused as refused:
+        raise InvalidArgument("distribution", f"recorded:{path} ({refused.reason})", refused.accepted) from None
     return layers[index % len(layers)]
 
 
+def read_layers(path: Path, config: MoEConfig) -> dict[str, Tensor]:
+    """Every layer of a recording as `read_layer` gives it, by its tensor's name and, of several in one, a number.
+
+    Raises InvalidArgument that names `load`, for the same files.
+    """
+    try:
+        return _stored(path, config)
+    except _Refused as refused:
+        raise InvalidArgument("load", f"{path} ({refused.reason})", refused.accepted) from None
+
+
+def _stored(path: Path, config: MoEConfig) -> dict[str, Tensor]:
+    try:
+        stamp = path.stat()
+    except OSError as error:
+        raise _Refused(str(error.strerror), "a recording that can be read") from None
+    # Tuning asks for the same file once a bucket and sample.
+    return _read(path, config.num_experts, config.top_k, stamp.st_mtime_ns, stamp.st_size)
+
+
+class _Refused(Exception):
+    def __init__(self, reason: str, accepted: str) -> None:
+        super().__init__(reason)
+        self.reason, self.accepted = reason, accepted
+
+
 @lru_cache(maxsize=1)
-def _read(path: Path, num_experts: int, top_k: int, *version: int) -> list[Tensor]:
-    layers: list[Tensor] = []
-    for tensor in _load(path):
+def _read(path: Path, num_experts: int, top_k: int, *version: int) -> dict[str, Tensor]:
+    layers: dict[str, Tensor] = {}
+    for name, tensor in _load(path).items():
         is_ids = not tensor.is_floating_point() and tensor.shape[-1:] == (top_k,) and tensor.ndim in (2, 3)
         if not is_ids and not (tensor.shape[-1:] == (num_experts,) and tensor.ndim in (1, 2)):
             accepted = (
                 f"histograms [num_experts = {num_experts}] or integer ids [tokens, top_k = {top_k}], of one or more "
                 "layers"
             )
-            raise _refused(path, f"{tensor.dtype} of shape {list(tensor.shape)}", accepted)
-        parts = tensor.unbind() if tensor.ndim == 2 + is_ids else (tensor,)
-        layers += [(_ids if is_ids else _histogram)(path, part, num_experts, top_k) for part in parts]
+            raise _Refused(f"{tensor.dtype} of shape {list(tensor.shape)}", accepted)
+        parts = {name: tensor}
+        if tensor.ndim == 2 + is_ids:
+            parts = {f"{name}.{index}" if name else str(index): part for index, part in enumerate(tensor.unbind())}
+        for each, part in parts.items():
+            layers[each or "0"] = (_ids if is_ids else _histogram)(part, num_experts, top_k)
     if not layers:
-        raise _refused(path, "no tensors", "one layer or more")
+        raise _Refused("no tensors", "one layer or more")
     return layers
 
 
-def _ids(path: Path, recorded: Tensor, num_experts: int, top_k: int) -> Tensor:
+def _ids(recorded: Tensor, num_experts: int, top_k: int) -> Tensor:
     ids = recorded.long()
     ids = ids[(ids != -1).all(1)]
     ascending = ids.sort(1).values
     if not len(ids):
-        raise _refused(path, "ids of no token", "one token or more")
+        raise _Refused("ids of no token", "one token or more")
     if not 0 <= int(ids.min()) <= int(ids.max()) < num_experts:
-        raise _refused(path, f"ids from {int(ids.min())} to {int(ids.max())}", f"ids below num_experts = {num_experts}")
+        raise _Refused(f"ids from {int(ids.min())} to {int(ids.max())}", f"ids below num_experts = {num_experts}")
     if (ascending[:, 1:] == ascending[:, :-1]).any():
-        raise _refused(path, "a token with one expert twice", f"{top_k} distinct ids a token")
+        raise _Refused("a token with one expert twice", f"{top_k} distinct ids a token")
     return ids
 
 
-def _histogram(path: Path, recorded: Tensor, num_experts: int, top_k: int) -> Tensor:
+def _histogram(recorded: Tensor, num_experts: int, top_k: int) -> Tensor:
     counts = recorded.double()
     if not (counts.isfinite() & (counts >= 0)).all() or int((counts > 0).sum()) < top_k:
-        raise _refused(path, "other counts", f"counts of 0 and more, with top_k = {top_k} or more above 0")
+        raise _Refused("other counts", f"counts of 0 and more, with top_k = {top_k} or more above 0")
     return counts
 
 
-def _load(path: Path) -> list[Tensor]:
-    """The file's tensors. Nothing in it is executed: pickles are read with weights_only, arrays without pickles."""
+def _load(path: Path) -> dict[str, Tensor]:
+    """The file's tensors by name, "" for one without.
+
+    Nothing in it is executed: pickles are read with weights_only, arrays without pickles.
+    """
     try:
         if path.suffix == ".npy":
-            return [torch.from_numpy(np.load(path, allow_pickle=False))]
+            return {"": torch.from_numpy(np.load(path, allow_pickle=False))}
         if path.suffix == ".safetensors":
             content: Any = load_file(path)
         elif path.suffix == ".pt":
             content = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise _refused(path, f"suffix {path.suffix!r}", ".npy, .pt or .safetensors")
-    except InvalidArgument:
-        raise
+            raise _Refused(f"suffix {path.suffix!r}", ".npy, .pt or .safetensors")
     except pickle.UnpicklingError:  # torch's own text tells how to switch the protection off
-        raise _refused(path, "damaged, or a pickle of more than tensors", "an undamaged file of tensors") from None
+        raise _Refused("damaged, or a pickle of more than tensors", "an undamaged file of tensors") from None
     except (OSError, EOFError, RuntimeError, ValueError, TypeError, SafetensorError) as error:
-        raise _refused(path, f"{type(error).__name__}: {error}", "an undamaged file of tensors") from None
-    if isinstance(content, dict):
-        content = [content[name] for name in sorted(content, key=_natural)]
-    tensors = content if isinstance(content, list | tuple) else [content]
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise _refused(path, "something else than tensors", "a tensor, or a dict or list of tensors")
-    return list(tensors)
+        raise _Refused(f"{type(error).__name__}: {error}", "an undamaged file of tensors") from None
+    if isinstance(content, list | tuple):
+        content = {str(index): each for index, each in enumerate(content)}
+    elif not isinstance(content, dict):
+        content = {"": content}
+    if not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise _Refused("something else than tensors", "a tensor, or a dict or list of tensors")
+    return {str(name): content[name] for name in sorted(content, key=_natural)}
 
 
 def _natural(name: object) -> list[tuple[int, str]]:
     """Sorts layers.2 before layers.10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", str(name))]
-
-
-def _refused(path: Path, reason: str, accepted: str) -> InvalidArgument:
-    return InvalidArgument("distribution", f"recorded:{path} ({reason})", accepted)

@@ -15,6 +15,9 @@ What of the T tokens reaches the kernels is the dispatch:
 - ``masked``: the slots of ``alltoall``, in buffers [L, T, H] of which each expert fills its first rows.
 
 In all of them m is the same on average; rows, which gather, quantise and combine pay for, are not.
+
+Under a placement tokens choose among the E logical experts, and a slot's row goes to the physical one that
+`Placement.to_physical` names: E and L above then count those, and shards get unequal work.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from .distributions import DISTRIBUTIONS, Distribution, draw, parse, routed_part
 from .distributions import check as check_distribution
 from .errors import InvalidArgument
 from .parallel import Parallel
+from .placement import Placement, physical_config
 
 __all__ = [
     "DISPATCH",
@@ -122,29 +126,37 @@ def make_workload(
     distribution: str | None = None,
     seed: int = 0,
     dispatch: str = DISPATCH,
+    placement: Placement | None = None,
 ) -> Workload:
     """The workload of ``num_tokens`` tokens per rank at rank ``parallel.rank``.
 
-    distribution: one of `DISTRIBUTIONS`; None takes the environment's.
+    config: the model's. With a placement the workload's own is its `physical_config`, and its ids are physical.
+    distribution: one of `DISTRIBUTIONS`, of logical experts; None takes the environment's.
     seed: the same on every rank draws the same tokens for all of them, so ranks get shares of one whole. Balanced
-        ``compact`` is a closed formula without it.
+        ``compact`` without a placement is a closed formula without it.
 
     Raises InvalidArgument for a negative num_tokens, an unknown distribution or dispatch, a recorded file that cannot
-    be read or is of another model, or fewer experts than ranks.
+    be read or is of another model, a placement of other experts or ranks, or fewer experts than ranks.
     """
     if num_tokens < 0:
         raise InvalidArgument("num_tokens", num_tokens, "0 or more")
     check_dispatch(dispatch)
     chosen = parse(default_distribution() if distribution is None else distribution)
-    shard = parallel.shard(config.num_experts)
-    if dispatch == "compact":
+    seen = config if placement is None else physical_config(config, placement)
+    shard = parallel.shard(seen.num_experts)
+    if dispatch == "compact" and placement is None:
         ids = _compact(config, parallel, shard, num_tokens, chosen, seed)
     else:
         ids = draw(chosen, config, kernel_rows(num_tokens, parallel), seed)
-        if dispatch != "allgather":
+        if placement is not None:
+            placement.check_ranks(parallel)
+            ids = placement.to_physical(ids)
+        if dispatch == "compact" and parallel.use_dp:
+            ids = _packed(ids, shard)
+        elif dispatch in ("alltoall", "masked"):
             local = _is_local(ids, shard)
             ids = ids.masked_fill(~local, -1)[local.any(1)]
-    return Workload(config, parallel, num_tokens, str(chosen), seed, ids.to(torch.int32).contiguous(), dispatch)
+    return Workload(seen, parallel, num_tokens, str(chosen), seed, ids.to(torch.int32).contiguous(), dispatch)
 
 
 def expected_rows(config: MoEConfig, parallel: Parallel, num_tokens: int, dispatch: str = DISPATCH) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ def load_experts(
     parallel: Parallel,
     device: torch.device | str = "cpu",
     console: Console | None = None,
+    experts: Sequence[int] | None = None,
 ) -> ExpertWeights:
     """Reads a rank's share of one layer's experts, in config.format; of other experts nothing is read.
 
@@ -33,16 +35,20 @@ def load_experts(
 
     path: a .safetensors file, or a checkpoint folder with one or with an index. device: where the weights go once all
     of them were read and checked. console: where progress is shown; None for nowhere.
+    experts: which are read, by global id, in this order, such as `Placement.local_experts`; None for the rank's shard.
 
     Raises InvalidArgument, naming the file and the tensor, for a path, a tensor, a dtype, a shape or a factor that does
-    not fit, and for a format that the checkpoint's weights are not in (bf16 weights are quantised to any).
+    not fit, for a format that the checkpoint's weights are not in (bf16 weights are quantised to any), and for experts
+    that the layer does not have.
     """
-    prefix, experts = f"model.layers.{layer}.mlp.", parallel.shard(config.num_experts)
+    prefix, wanted = f"model.layers.{layer}.mlp.", parallel.shard(config.num_experts) if experts is None else experts
+    if not wanted or not set(wanted) <= set(range(config.num_experts)):
+        raise InvalidArgument("experts", list(wanted), f"ids of one expert or more, below {config.num_experts}")
     with CheckpointReader(path) as reader:
-        naming = _naming(reader, prefix, min(experts.start, config.num_routed_experts - 1), config)
-        shown = track(experts, f"layer {layer}, {naming.name}", console=console, disable=console is None)
+        naming = _naming(reader, prefix, min(wanted[0], config.num_routed_experts - 1), config)
+        shown = track(wanted, f"layer {layer}, {naming.name}", console=console, disable=console is None)
         weights = naming.load(Request(reader, prefix, config, parallel, shown))
-    weights.check(config, len(experts), tp_size=parallel.tp_size)
+    weights.check(config, len(wanted), tp_size=parallel.tp_size)
     return weights.to(device)
 
 

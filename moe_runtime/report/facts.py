@@ -13,10 +13,10 @@ import torch
 
 from ..errors import MoEError
 from ..executors.base import GEMMS, Gemm, MoEProblem
-from ..tuning import GemmChoice, Plan
+from ..placement import Placements
+from ..tuning import GemmChoice, Plan, PlanKey
 from ..tuning.cost import gemm_bytes
-from ..tuning.plan_tools import choices, config_of, serving_bucket, timed_workloads
-from ..workload import make_workload
+from ..tuning.plan_tools import choices, config_of, first_workload, placements_of, serving_bucket, timed_workloads
 
 
 class Range(NamedTuple):
@@ -46,6 +46,14 @@ class Tuned:
     def problem(self) -> MoEProblem:
         return MoEProblem(config_of(self.plan.key), self.plan.key.parallel)
 
+    @cached_property
+    def placements(self) -> Placements | str | None:
+        """What the plan was tuned under, or why that cannot be read; None where experts have no placement."""
+        try:
+            return placements_of(self.plan.key)
+        except MoEError as error:
+            return str(error)
+
     def choices(self, gemm: Gemm) -> list[tuple[int, GemmChoice]]:
         """(bucket, choice) by ascending bucket."""
         return [(entry.bucket, getattr(entry, gemm)) for entry in self.plan.entries]
@@ -65,13 +73,7 @@ class Tuned:
 
         Raises MoEError where the workload cannot be made again, as when a recorded distribution's file is gone.
         """
-        key, problem = self.plan.key, self.problem
-        return {
-            entry.bucket: make_workload(
-                problem.config, problem.parallel, entry.bucket, key.distribution, self.plan.seed, key.dispatch
-            ).rows_per_expert
-            for entry in self.plan.entries
-        }
+        return {entry.bucket: first_workload(self.plan, entry.bucket).rows_per_expert for entry in self.plan.entries}
 
     @cached_property
     def workload_error(self) -> str | None:
@@ -104,18 +106,23 @@ class Tuned:
 def named(plans: Sequence[Plan]) -> list[Tuned]:
     """Labels the plans by layout, and by what else tells them apart where the layout does not."""
     layouts = [str(plan.key.parallel) for plan in plans]
-    shown = ("dispatch", "distribution", "objective", "tune_max_num_tokens", "device", "hidden_size", "num_experts")
+    shown = ["dispatch", "distribution", "placement_digest", "objective", "tune_max_num_tokens", "device"]
+    shown += ["hidden_size", "num_experts"]
     telling = [field for field in shown if len({getattr(plan.key, field) for plan in plans}) > 1]
     labels = [
-        " ".join([layout, *(str(getattr(plan.key, field)) for field in telling)])
-        if layouts.count(layout) > 1
-        else layout
+        " ".join([layout, *(_word(plan.key, field) for field in telling)]) if layouts.count(layout) > 1 else layout
         for layout, plan in zip(layouts, plans, strict=True)
     ]
     return [
         Tuned(f"{label} ({labels[: index + 1].count(label)})" if labels.count(label) > 1 else label, plan)
         for index, (label, plan) in enumerate(zip(labels, plans, strict=True))
     ]
+
+
+def _word(key: PlanKey, field: str) -> str:
+    if field == "placement_digest":
+        return f"placed {key.placement_digest[:8]}" if key.placement else "unplaced"
+    return str(getattr(key, field))
 
 
 def letters(tuned: Sequence[Tuned]) -> dict[str, str]:

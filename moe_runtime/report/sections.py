@@ -14,6 +14,7 @@ from . import figures
 from .facts import Tuned, comparable, cost_of_other, gain, layer_gain, letters, named, regret
 from .figures import Panel
 from .parts import Column, Section, Table, percent, us
+from .placement import placement_section
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Report:
             _regret(tuned, chosen),
             _roofline(tuned),
             _workload(tuned),
+            *placement_section(tuned),
         ]
         return cls(tuned, chosen, sections)
 
@@ -65,6 +67,7 @@ def _plans(tuned: Sequence[Tuned]) -> Section:
             ("routing", key.routing),
             ("dispatch", key.dispatch),
             ("distribution", f"{key.distribution}, samples per bucket: {one.plan.samples}, seed {one.plan.seed}"),
+            ("placement", f"{key.placement} ({key.placement_digest})" if key.placement else "none"),
             ("buckets", f"{len(one.plan.entries)} of {len(one.plan.buckets)} tuned, up to {key.tune_max_num_tokens:,}"),
             ("time of a tactic", f"{key.objective} over samples, interval at {one.plan.confidence:.0%}"),
             ("replaces the default", f"when faster by {one.plan.margin:.1%} or more"),

@@ -24,12 +24,15 @@ SMEARED_GAP = 1.6
 
 
 def plan_buckets(
-    problem: MoEProblem, executor: Executor, tune_max_num_tokens: int, distribution: str
+    problem: MoEProblem, executor: Executor, tune_max_num_tokens: int, distribution: str, placed: bool = False
 ) -> tuple[int, ...]:
-    """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1."""
+    """The buckets of a plan that names none. Raises InvalidArgument for a tune_max_num_tokens below 1.
+
+    placed: whether experts have a placement, here and below.
+    """
     encoding = problem.config.number_format.weights
     tiles = {variant.token_tile for variant in executor.variants.values() if variant.weights == encoding}
-    return propose(problem, tune_max_num_tokens, sorted(tiles), smears(distribution))
+    return propose(problem, tune_max_num_tokens, sorted(tiles), smears(distribution, placed))
 
 
 def propose(
@@ -58,14 +61,14 @@ def propose(
     return tuple(sorted(chosen))
 
 
-def served_range(bucket: int, buckets: Sequence[int], distribution: str) -> tuple[int, ...]:
+def served_range(bucket: int, buckets: Sequence[int], distribution: str, placed: bool = False) -> tuple[int, ...]:
     """The tokens at which a bucket's tactics are timed: its own, and where experts get unequal rows the most it serves.
 
     Smeared, tiles overflow one expert after the other on the way to the next bucket. On an H200 tactics tuned at the
     bucket alone took up to 20 % more than the best just below the next one.
     """
     later = [other for other in buckets if other > bucket]
-    last = min(later) - 1 if smears(distribution) and later else bucket
+    last = min(later) - 1 if smears(distribution, placed) and later else bucket
     return (bucket,) if last == bucket else (bucket, last)
 
 
@@ -84,9 +87,9 @@ def _halve_gaps(chosen: set[int], low: int, high: int) -> None:
         chosen.add(middle)
 
 
-def tuning_work(problem: MoEProblem, bucket: int, distribution: str) -> float:
+def tuning_work(problem: MoEProblem, bucket: int, distribution: str, placed: bool = False) -> float:
     """Relative time of tuning a bucket: what every workload takes, and a share by its rows."""
-    return number_of_draws(problem, bucket, distribution) * (problem.config.num_experts + bucket)
+    return number_of_draws(problem, bucket, distribution, placed) * (problem.config.num_experts + bucket)
 
 
 def by_usefulness(buckets: Sequence[int]) -> list[int]:

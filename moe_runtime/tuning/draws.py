@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..executors.base import MoEProblem
+from ..placement import Placements
 from ..workload import DISPATCH, Workload, kernel_rows, make_workload
 
 FEW_ROWS = 4.0
@@ -27,29 +28,49 @@ def draws(
     seed: int,
     sample: int = 0,
     dispatch: str = DISPATCH,
+    placements: Placements | None = None,
 ) -> list[Workload]:
     """As many for each number of tokens per rank in `ends`, of which the first says whether rows are few.
 
     Those of one end come together, ascending by busy experts. sample: each has draws of its own, with seeds seed,
-    seed + 1, ... over all samples.
+    seed + 1, ... over all samples. placements, problem: see `draw`.
     """
-    count = number_of_draws(problem, ends[0], distribution)
+    count = number_of_draws(problem, ends[0], distribution, placements is not None)
     pool = POOL * count if count > 1 else 1
     seeds, found = range(seed + sample * pool, seed + (sample + 1) * pool), []
     for tokens in ends:
-        drawn = [make_workload(problem.config, problem.parallel, tokens, distribution, one, dispatch) for one in seeds]
+        drawn = [draw(problem, tokens, distribution, one, dispatch, placements) for one in seeds]
         found += sorted(drawn, key=lambda workload: workload.busy_experts)[POOL // 2 :: POOL] if count > 1 else drawn
     return found
 
 
-def number_of_draws(problem: MoEProblem, tokens: int, distribution: str) -> int:
+def draw(
+    problem: MoEProblem,
+    tokens: int,
+    distribution: str,
+    seed: int,
+    dispatch: str = DISPATCH,
+    placements: Placements | None = None,
+) -> Workload:
+    """`make_workload` of a problem, which under placements is that of their slots.
+
+    The seed chooses the layer of a recording and that of the placements alike. Raises InvalidArgument for placements of
+    another number of slots or ranks.
+    """
+    if placements is None:
+        return make_workload(problem.config, problem.parallel, tokens, distribution, seed, dispatch)
+    logical, placement = placements.logical_config(problem.config), placements.layer(seed)
+    return make_workload(logical, problem.parallel, tokens, distribution, seed, dispatch, placement)
+
+
+def number_of_draws(problem: MoEProblem, tokens: int, distribution: str, placed: bool = False) -> int:
     """How many workloads it takes to tell tactics apart at so many tokens per rank."""
-    return DRAWS_OF_FEW_ROWS if smears(distribution) and mean_rows(problem, tokens) < FEW_ROWS else 1
+    return DRAWS_OF_FEW_ROWS if smears(distribution, placed) and mean_rows(problem, tokens) < FEW_ROWS else 1
 
 
-def smears(distribution: str) -> bool:
-    """Whether experts get unequal rows."""
-    return distribution != "balanced"
+def smears(distribution: str, placed: bool) -> bool:
+    """Whether experts get unequal rows. placed: replicas share what one expert gets, wherever others have one alone."""
+    return placed or distribution != "balanced"
 
 
 def mean_rows(problem: MoEProblem, tokens: int) -> float:

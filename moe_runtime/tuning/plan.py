@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import secrets
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,9 @@ import msgspec
 from ..config import MoEConfig
 from ..distributions import recording_digest
 from ..errors import InvalidArgument, MoEError, PlanRefused
+from ..files import not_writable, write_whole
 from ..parallel import Parallel
+from ..placement import read_digest
 from ..workload import kernel_rows
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlanKey(_Record, frozen=True):
-    """Everything that changes which tactic is best. Ranks of equal shards share a plan, so no rank is named."""
+    """Everything that changes which tactic is best. Ranks of equal shards share a plan, so no rank is named.
+
+    recording: digest of a recorded distribution's file. placement: the file of the experts' placement, by which
+    num_experts are slots, and placement_digest what was in it. Each "" where there is none.
+    """
 
     format: str
     hidden_size: int
@@ -56,6 +61,8 @@ class PlanKey(_Record, frozen=True):
     tune_max_num_tokens: int
     device: str
     library_hash: str
+    placement: str = ""
+    placement_digest: str = ""
 
     @classmethod
     def of(
@@ -68,8 +75,10 @@ class PlanKey(_Record, frozen=True):
         dispatch: str = "compact",
         objective: Objective = "mean",
         recording: str | None = None,
+        placement: str = "",
+        placement_digest: str | None = None,
     ) -> PlanKey:
-        """recording: digest of a recorded distribution's file; None to read the file, "" where there is none."""
+        """recording, placement_digest: None to read the file that distribution or placement names."""
         config, parallel = problem.config, problem.parallel
         return cls(
             format=config.format,
@@ -89,6 +98,8 @@ class PlanKey(_Record, frozen=True):
             tune_max_num_tokens=tune_max_num_tokens,
             device=device,
             library_hash=library_hash,
+            placement=placement,
+            placement_digest=read_digest(placement) if placement_digest is None else placement_digest,
         )
 
     @property
@@ -204,17 +215,7 @@ class Plan(_Record, frozen=True, kw_only=True, dict=True):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file whole or not at all. Raises InvalidArgument where the folder cannot be written."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                temporary.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except OSError as error:
-            raise _not_writable(target, error) from error
+        write_whole(path, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -284,6 +285,8 @@ class Plan(_Record, frozen=True, kw_only=True, dict=True):
             self.key.dispatch,
             self.key.objective,
             self.key.recording,
+            self.key.placement,
+            self.key.placement_digest,
         )
         differences = [
             f"{name} {getattr(self.key, name)} (here {getattr(asked, name)})"
@@ -347,12 +350,8 @@ def plan_lock(path: str | os.PathLike[str], wait_seconds: float = 0.0) -> Iterat
             "output", target, "a plan that no other process is tuning", "Wait for it, or choose another file."
         ) from None
     except OSError as error:
-        raise _not_writable(target, error) from error
+        raise not_writable(target, error) from error
     try:
         yield
     finally:
         lock.release()
-
-
-def _not_writable(target: Path, error: OSError) -> InvalidArgument:
-    return InvalidArgument("output", target, "a file in a folder that can be written", f"({error.strerror})")

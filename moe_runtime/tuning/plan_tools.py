@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec.structs import replace
+
 from ..config import MoEConfig, RoutingMethod
 from ..errors import InvalidArgument, PlanRefused
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
+from ..placement import Placements
 from ..workload import Workload
 from .buckets import served_range
-from .draws import draws
+from .draws import draw, draws
 from .plan import GemmChoice, Plan, PlanEntry, PlanKey, plan_lock
 
 SETTINGS = ("seed", "samples", "margin", "confidence")
@@ -72,8 +75,44 @@ def timed_workloads(plan: Plan, bucket: int) -> list[Workload]:
 
     Raises MoEError where a workload cannot be made again, as when a recorded distribution's file is gone.
     """
-    key, ends = plan.key, served_range(bucket, plan.buckets, plan.key.distribution)
-    return draws(MoEProblem(config_of(key), key.parallel), ends, key.distribution, plan.seed, dispatch=key.dispatch)
+    key, placements = plan.key, placements_of(plan.key)
+    ends = served_range(bucket, plan.buckets, key.distribution, placements is not None)
+    problem = MoEProblem(config_of(key), key.parallel)
+    return draws(problem, ends, key.distribution, plan.seed, dispatch=key.dispatch, placements=placements)
+
+
+def first_workload(plan: Plan, tokens: int) -> Workload:
+    """The first draw of the first sample, whatever else a bucket was timed on. Raises MoEError as `timed_workloads`."""
+    key, problem = plan.key, MoEProblem(config_of(plan.key), plan.key.parallel)
+    return draw(problem, tokens, key.distribution, plan.seed, key.dispatch, placements_of(key))
+
+
+def placements_of(key: PlanKey) -> Placements | None:
+    """The placement that a plan was tuned under. Raises InvalidArgument where its file is gone or another."""
+    if not key.placement:
+        return None
+    placements = Placements.load(key.placement)
+    if (found := placements.digest()) != key.placement_digest:
+        accepted = f"the file that the plan was tuned under, with digest {key.placement_digest}"
+        raise InvalidArgument("placement", f"{key.placement} with digest {found}", accepted)
+    return placements
+
+
+def with_placement(plans: Sequence[Plan], paths: Sequence[Path]) -> list[Plan]:
+    """The plans, with the placement of each read from that of the paths which holds it.
+
+    Raises InvalidArgument for a file that is no placement, or that no plan was tuned under.
+    """
+    places = {Placements.load(path).digest(): str(path) for path in paths}
+    tuned_under = {plan.key.placement_digest for plan in plans}
+    for digest, path in places.items():
+        if digest not in tuned_under:
+            known = ", ".join(sorted(filter(None, tuned_under))) or "none"
+            raise InvalidArgument("placement", f"{path} with digest {digest}", f"what a plan was tuned under: {known}")
+    return [
+        replace(plan, key=replace(plan.key, placement=places.get(plan.key.placement_digest, plan.key.placement)))
+        for plan in plans
+    ]
 
 
 Verdict = Literal["matters", "noise", "unknown"]
@@ -208,8 +247,9 @@ def _findings(plan: Plan, executor: Executor, problem: MoEProblem | None) -> Ite
 
 def _layer_findings(key: PlanKey, problem: MoEProblem) -> Iterator[Finding]:
     asked = PlanKey.of(
-        problem, key.distribution, key.tune_max_num_tokens, key.device, key.library_hash, key.dispatch, key.objective
-    )
+        problem, key.distribution, key.tune_max_num_tokens, key.device, key.library_hash, key.dispatch, key.objective,
+        placement=key.placement, placement_digest=key.placement_digest,
+    )  # fmt: skip
     found = _differences(key, asked, PlanKey.__struct_fields__)
     if not found.keys().isdisjoint(LAYOUT_FIELDS):
         what = f"tuned for {key.parallel}, asked for {problem.parallel}: the rows per expert are others"

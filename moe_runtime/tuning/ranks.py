@@ -59,6 +59,7 @@ def tune_over_ranks(
     on_bucket: OnBucket | None = None,
     on_step: OnStep | None = None,
     vet: Vet | None = None,
+    placement: str = "",
     timeout_seconds: float = TIMEOUT_SECONDS,
     **settings: Any,
 ) -> Plan:
@@ -76,7 +77,7 @@ def tune_over_ranks(
     """
     distribution = default_distribution() if distribution is None else distribution
     if buckets is None:
-        buckets = plan_buckets(problem, executor, tune_max_num_tokens, distribution)
+        buckets = plan_buckets(problem, executor, tune_max_num_tokens, distribution, bool(placement))
     every = tuple(buckets)
     facts = {
         "device": executor.device_name,
@@ -88,6 +89,7 @@ def tune_over_ranks(
         "distribution": distribution,
         "seed": seed,
         "buckets": every,
+        "placement": placement,
         **settings,
     }
     with meeting(timeout_seconds) as ranks:
@@ -117,7 +119,7 @@ def tune_over_ranks(
             if on_step is not None:
                 on_step(done, what)
 
-        work = {bucket: tuning_work(problem, bucket, distribution) for bucket in every}
+        work = {bucket: tuning_work(problem, bucket, distribution, bool(placement)) for bucket in every}
         mine = _share(work, earlier, ranks)
         part = _only(earlier, mine) if mine else None
         # What an earlier plan has comes first and at once, so that nothing that rank 0 saves lacks it.
@@ -135,6 +137,7 @@ def tune_over_ranks(
                 on_bucket=publish,
                 on_step=step,
                 vet=vet,
+                placement=placement,
                 **settings,
             )
             publish(part)

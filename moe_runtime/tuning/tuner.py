@@ -15,6 +15,7 @@ import torch
 
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import GEMMS, Executor, Gemm, MoEProblem
+from ..placement import Placements
 from ..weights import ExpertWeights
 from ..workload import Workload, check_dispatch, check_distribution, default_distribution, kernel_rows
 from .buckets import by_usefulness, plan_buckets, served_range, tuning_work
@@ -54,6 +55,7 @@ def tune(
     on_bucket: OnBucket | None = None,
     on_step: OnStep | None = None,
     vet: Vet | None = None,
+    placement: str = "",
 ) -> Plan:
     """Tunes the layer's buckets and returns the plan.
 
@@ -67,6 +69,7 @@ def tune(
     on_bucket: called with the plan so far after each bucket, so that an interruption loses one bucket at most.
     on_step: called before each step with the share of the work that is done, 0 to 1, and what comes next.
     vet: says which tactics fault, from where they can do no harm; see `quarantine.vetting`.
+    placement: file of the `Placements` that the problem's config is the `physical_config` of; "" for none.
 
     Raises InvalidArgument for what is out of range, and a budget that holds no bucket; Unsupported when no tactic of a
     GEMM gives a right result, and while a CUDA graph is captured.
@@ -80,13 +83,24 @@ def tune(
     distribution = default_distribution() if distribution is None else check_distribution(distribution)
     check_dispatch(dispatch)
     rule = Rule(objective, margin, confidence, seed)
+    placements = Placements.load(placement) if placement else None
+    if placements is not None:
+        placements.check_problem(problem.config, problem.parallel)
     if buckets is None:
-        wanted = plan_buckets(problem, executor, tune_max_num_tokens, distribution)
+        wanted = plan_buckets(problem, executor, tune_max_num_tokens, distribution, placements is not None)
     else:
         wanted = check_buckets(buckets, tune_max_num_tokens)
     blank = Plan(
         key=PlanKey.of(
-            problem, distribution, tune_max_num_tokens, executor.device_name, executor.library_hash, dispatch, objective
+            problem,
+            distribution,
+            tune_max_num_tokens,
+            executor.device_name,
+            executor.library_hash,
+            dispatch,
+            objective,
+            placement=placement,
+            placement_digest="" if placements is None else placements.digest(),
         ),
         seed=seed,
         samples=samples,
@@ -99,8 +113,9 @@ def tune(
     kept = resume if resume is not None and _same_settings(resume, blank) else blank
     entries = {entry.bucket: entry for entry in kept.entries if entry.bucket in wanted}
     task = _Task(
-        problem, weights, executor, distribution, dispatch, samples, seed, rule, vet, wanted, dict(kept.quarantined)
-    )
+        problem, weights, executor, distribution, dispatch, placements, samples, seed, rule, vet, wanted,
+        dict(kept.quarantined),
+    )  # fmt: skip
 
     missing = [bucket for bucket in wanted if bucket not in entries]
     order = missing[:1] + by_usefulness(missing[1:])  # the smallest takes least time, so it shows what a budget holds
@@ -159,6 +174,7 @@ class _Task:
     executor: Executor
     distribution: str
     dispatch: str
+    placements: Placements | None
     samples: int
     seed: int
     rule: Rule
@@ -167,12 +183,12 @@ class _Task:
     quarantined: dict[str, str]
 
     def work(self, bucket: int) -> float:
-        return tuning_work(self.problem, bucket, self.distribution)
+        return tuning_work(self.problem, bucket, self.distribution, self.placements is not None)
 
     def entry(self, bucket: int, clock: _Clock, on_step: OnStep | None) -> PlanEntry:
-        ends = served_range(bucket, self.buckets, self.distribution)
+        ends = served_range(bucket, self.buckets, self.distribution, self.placements is not None)
         samples = [
-            draws(self.problem, ends, self.distribution, self.seed, sample, self.dispatch)
+            draws(self.problem, ends, self.distribution, self.seed, sample, self.dispatch, self.placements)
             for sample in range(self.samples)
         ]
         steps = (*GEMMS, "both")
