@@ -23,6 +23,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks.common import (
     READ_ROOF_TBPS,
@@ -85,14 +86,16 @@ def error_of(
     inputs = random_inputs(shape, workload, 0, executor.device)
     output = torch.full_like(inputs.hidden_states, torch.nan)
     executor.run(shape, weights, inputs, pair, output, None)
-    some = torch.linspace(0, tokens - 1, min(CHECKED_TOKENS, tokens), device="cuda").long().unique()
+    return sampled_error(shape, weights, inputs, output)
+
+
+def sampled_error(shape: MoEProblem, weights: ExpertWeights, inputs: LayerInputs, output: Tensor) -> float:
+    """Of a few tokens of a layer's output [T, H], against the float reference."""
     assert inputs.topk_ids is not None and inputs.topk_weights is not None
-    chosen = LayerInputs(
-        inputs.hidden_states[some], topk_ids=inputs.topk_ids[some], topk_weights=inputs.topk_weights[some]
-    )
-    assert chosen.topk_ids is not None and chosen.topk_weights is not None
-    expected = reference_layer(shape, weights, chosen.hidden_states, chosen.topk_ids, chosen.topk_weights)
-    return relative_error(output[some], expected)
+    tokens = len(output)
+    some = torch.linspace(0, tokens - 1, min(CHECKED_TOKENS, tokens), device=output.device).long().unique()
+    rows, ids, scales = (tensor[some] for tensor in (inputs.hidden_states, inputs.topk_ids, inputs.topk_weights))
+    return relative_error(output[some], reference_layer(shape, weights, rows, ids, scales))
 
 
 def measure(

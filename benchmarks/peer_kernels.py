@@ -68,7 +68,8 @@ class LayerCase:
     inputs: LayerInputs
 
 
-C = TypeVar("C", GemmCase, LayerCase)
+C = TypeVar("C")
+"""The case that a peer takes."""
 
 
 class Peer(ABC, Generic[C]):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
@@ -41,7 +41,7 @@ from benchmarks.common import (
     write_json,
 )
 from benchmarks.gemm import CASES
-from benchmarks.peer_kernels import GEMM_PEERS, LAYER_PEERS, C, GemmCase, LayerCase, Peer, describe
+from benchmarks.peer_kernels import GEMM_PEERS, LAYER_PEERS, C, Call, GemmCase, LayerCase, Peer, describe
 from moe_runtime import FP8BlockWeights
 from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem, random_inputs
 from moe_runtime.executors.cuda import CudaExecutor
@@ -82,6 +82,10 @@ class Row:
     raced: Raced
 
     @property
+    def place(self) -> str:
+        return f"{self.label} {self.each}"
+
+    @property
     def ratios(self) -> dict[str, float]:
         """Our time over each peer's: below 1 where we are faster."""
         return {name: self.us / us for name, us in self.raced.us.items() if name in self.raced.errors}
@@ -96,23 +100,30 @@ class OurGemm:
     kept: object
 
 
+def entrant(peer: Peer[C], case: C) -> tuple[Call, float] | str:
+    """What is to be timed of a peer and its error, once that is plausible and it runs as a graph; else why not."""
+    try:
+        call = peer.prepare(case)
+        error = peer.error(case, call())
+        capture(call, 1)
+    except Exception as failure:  # whatever a peer raises costs only itself
+        failure.add_note(f"in {peer.name}")
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # raises where nothing can run any more
+        return describe(failure)
+    if not error <= peer.tolerance:  # NaN must not pass
+        return f"implausible result: relative error {error:.2g}, accepted {peer.tolerance}"
+    return call, error
+
+
 def race(ours: Mapping[str, Callable[[], object]], peers: Sequence[Peer[C]], case: C) -> Raced:
     calls, errors, failures = dict(ours), {}, {}
     for peer in peers:
-        try:
-            call = peer.prepare(case)
-            error = peer.error(case, call())
-            capture(call, 1)
-        except Exception as failure:  # whatever a peer raises costs only itself
-            failures[peer.name] = describe(failure)
-            failure.add_note(f"in {peer.name}")
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()  # raises where nothing can run any more
-            continue
-        if not error <= peer.tolerance:  # NaN must not pass
-            failures[peer.name] = f"implausible result: relative error {error:.2g}, accepted {peer.tolerance}"
-            continue
-        calls[peer.name], errors[peer.name] = call, error
+        entered = entrant(peer, case)
+        if isinstance(entered, str):
+            failures[peer.name] = entered
+        else:
+            calls[peer.name], errors[peer.name] = entered
     time.sleep(REST_SECONDS)
     return Raced(time_graphs(calls, repeats=15), errors, failures)
 
@@ -262,7 +273,17 @@ def results_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def failures_table(unavailable: Mapping[str, str], rows: Sequence[Row]) -> Table:
+class Result(Protocol):
+    """Where peers raced, and what came of it."""
+
+    @property
+    def place(self) -> str: ...
+
+    @property
+    def raced(self) -> Raced: ...
+
+
+def failures_table(unavailable: Mapping[str, str], rows: Sequence[Result]) -> Table:
     """Every peer that did not run, or not everywhere, once for each reason."""
     table = Table("peer", "where", "why not")
     for name, reason in unavailable.items():
@@ -270,7 +291,7 @@ def failures_table(unavailable: Mapping[str, str], rows: Sequence[Row]) -> Table
     places: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         for failure in row.raced.failures.items():
-            places.setdefault(failure, []).append(f"{row.label} {row.each}")
+            places.setdefault(failure, []).append(row.place)
     for (name, reason), where in places.items():
         table.add_row(name, ", ".join(islice(where, 3)) + (f" and {len(where) - 3} more" * (len(where) > 3)), reason)
     return table
