@@ -76,8 +76,11 @@ def direct(tile: tuple[int, int], why: str, **options: Any) -> Entry:
     return sm90(tile, COOPERATIVE, why, family="direct", **options)
 
 
-def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> Entry:
-    return entry("sm_90a", format, (128, tokens, k), PLAIN_COOPERATIVE, why, swap_ab=True, family="mixed")
+def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> tuple[Entry, Entry, Entry]:
+    """A tile's kernels: one that leaves rows, its twin that adds them up, and gate_up's, which activates."""
+    plain = entry("sm_90a", format, (128, tokens, k), PLAIN_COOPERATIVE, why, swap_ab=True, family="mixed")
+    fused = dataclasses.replace(plain, variant=dataclasses.replace(plain.variant, ends="swiglu"), why="gate_up, activated")
+    return (*with_combine(plain, "the same, added up as gemm2"), fused)
 
 
 def with_combine(plain: Entry, why: str, allow_spill: str | None = None) -> tuple[Entry, Entry]:
@@ -145,7 +148,7 @@ CATALOGUE: tuple[Entry, ...] = (
     *(
         entry
         for weights in ("mxfp4", "nvfp4", "bf16")
-        for plain in (
+        for tile in (
             mixed(weights, 8, "up to 8 rows per expert"),
             mixed(weights, 16, "9 to 16 rows per expert"),
             mixed(weights, 32, "17 to 32 rows per expert"),
@@ -153,7 +156,7 @@ CATALOGUE: tuple[Entry, ...] = (
             mixed(weights, 128, "65 to 128 rows per expert", k=64 if weights == "bf16" else 128),
             mixed(weights, 256, "more rows: weights are decoded half as often; stages of 64 for four to fit", k=64),
         )
-        for entry in with_combine(plain, "the same, added up as gemm2")
+        for entry in tile
     ),
     collective((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
     collective((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),

@@ -247,9 +247,11 @@ def mixed_tile(v: Variant) -> str | None:
 
 
 def swiglu_has_whole_scale_blocks(v: Variant) -> str | None:
-    if v.swiglu and v.family != "direct":
-        return "CUTLASS' collectives and mixed kernels have no epilogue that quantises: SwiGLU needs the direct family"
-    if v.swiglu and v.weight_tile != 2 * SCALE_BLOCK:
+    if v.swiglu and v.family == "collective":
+        return "CUTLASS' collectives have no epilogue that quantises: SwiGLU needs a kernel of our own"
+    if v.gathers and v.family == "mixed":
+        return "a mixed kernel loads tokens by boxes of as many rows as a tile has: it does not gather"
+    if v.swiglu and v.family == "direct" and v.weight_tile != 2 * SCALE_BLOCK:
         return f"a tile holds one block of {SCALE_BLOCK} activations, so {2 * SCALE_BLOCK} weights: not {v.weight_tile}"
     return None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from .errors import Unsupported
 from .formats import Weights
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -147,8 +147,8 @@ class KernelVariant:
     """One compiled grouped-GEMM kernel.
 
     index: its place in the library, which native calls select it by. tile: (M, N, K) and cluster: (M, N) of the GEMM
-    as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens. swiglu: serves as gemm1 only, and leaves e4m3
-    activations; its weight rows count gate and up. weights: the encoding that it reads.
+    as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens. swiglu: serves as gemm1 only, and leaves
+    activations as gemm2 reads them; its weight rows count gate and up. weights: the encoding that it reads.
     """
 
     index: int

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 4
+#define MOE_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -85,13 +85,15 @@ typedef struct MoeGemmOperands {
   void const* weights;       // e4m3 [L, n, k], or packed as the variant reads them
   float const* weight_scales;// [L, n/128, k/128]; where weights are not fp8_block [L], null: 1
   int32_t const* expert_offsets; // [L + 1], first row of each group
-  void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, e4m3 [max_rows, n/2]
+  void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, [max_rows, n/2], of fp8_block e4m3
   float* output_scales;      // [max_rows, n/2/128] with SwiGLU
   int64_t max_rows;
   int32_t gate_first;        // as in MoeLayer
   float clamp_limit;
   int32_t offsets_ready;     // expert_offsets are older than the kernel launched before this one
   float const* bias;         // [L, n] or null; only where weights are not fp8_block
+  int32_t encoding;          // MoeTokens of activations, for variants that fuse SwiGLU; as the next in MoeLayer
+  float const *alpha, *beta, *clamp, *activation_multiplier; // [L] or null; only where weights are not fp8_block
   MoeRowOrigin const* row_origins; // [max_rows]; only for variants that gather or combine
 } MoeGemmOperands;
 

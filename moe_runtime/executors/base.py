@@ -246,7 +246,7 @@ class GemmTrial(Protocol):
     def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
         """||rows - expected|| / ||expected|| for rows [S, ...] of `run` and values [S, N] of `reference`.
 
-        Of a tactic that quantises its result: what goes beyond half a unit in the last place of the quantised values.
+        Of a tactic that quantises its result: what goes beyond rounding to a neighbour of the exact value.
         """
         ...
 

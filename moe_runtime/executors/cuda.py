@@ -100,8 +100,11 @@ class CudaExecutor:
             return "it adds up the experts' results, which only gemm2 has"
         if variant.swiglu and not problem.config.is_gated:
             return f"it applies SwiGLU, not {problem.config.activation}"
+        packed = variant.weights != Weights.FP8_BLOCK
+        if packed and gemm == "gemm1" and problem.config.is_gated and not variant.swiglu:
+            return "gate and up are packed for kernels that activate"
         # Tiles of packed weights are padded to what a kernel takes at a time.
-        if variant.weights == Weights.FP8_BLOCK and n % variant.weight_rows:
+        if not packed and n % variant.weight_rows:
             return f"{n} rows of weights are no multiple of the {variant.weight_rows} that it takes at a time"
         if self._layout(problem, 1) is None:
             return "the shape is outside what the kernels implement (top_k <= 32, num_experts <= 1024, n_group <= 32)"

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..activation import swiglu
 from ..formats import Tokens
 from ..formats.fp8_block import BLOCK, dequantise_rows, rounding_of_rows
+from ..formats.tokens import round_rows
 from ..formats.weights import dequantise_weights
 from ..kernels import LayerArguments, Stage
 from ..reference import relative_error
@@ -29,6 +30,8 @@ GRAPH_MICROSECONDS = 1000.0
 """Work captured in one graph: enough that the launch of the graph itself, about 8 us, is below 1 %."""
 MAX_LAUNCHES_A_GRAPH = 40
 ONE = int(torch.ones((), dtype=torch.float32).view(torch.int32))
+SLACK = 2.0**-9
+"""By how much of its size a value may be off before it is rounded to the tokens' encoding, and so round elsewhere."""
 CHECKED_EXPERTS = 6
 CHECKED_ROWS_AN_EXPERT = 16
 
@@ -122,12 +125,12 @@ class CudaGemmTrial:
             self._origins.copy_(origins)
             return self._output
         scales = self._activation_scales
-        assert scales is not None  # such kernels are of fp8_block
-        self._activation.view(torch.uint8).fill_(0x7F)  # e4m3's NaN
-        scales.fill_(float("nan"))
+        self._activation.view(torch.uint8).fill_(0xFF)  # a NaN of e4m3, and of bf16
+        if scales is not None:
+            scales.fill_(float("nan"))
         self._launch(args)
         self._origins.copy_(origins)
-        return dequantise_rows(self._activation, scales)
+        return self._activation.float() if scales is None else dequantise_rows(self._activation, scales)
 
     def reference(self) -> tuple[Tensor, Tensor]:
         """Rows of a few experts, the fullest and the emptiest among them, in float32 on dequantised operands."""
@@ -165,7 +168,14 @@ class CudaGemmTrial:
         if not self._variants[tactic].swiglu:
             return relative_error(rows, expected)
         exact = swiglu(expected, self._operands.gate_first, self._problem.config.clamp_limit)
-        beyond = ((rows - exact).abs() - rounding_of_rows(exact)).clamp(min=0)
+        if self._formats.tokens == Tokens.BF16:
+            return relative_error(rows, exact)
+        if self._formats.tokens == Tokens.FP8_BLOCK:
+            beyond = ((rows - exact).abs() - rounding_of_rows(exact)).clamp(min=0)
+        else:
+            near = [round_rows(self._formats.tokens, exact * (1 + slack)).float() for slack in (-SLACK, 0.0, SLACK)]
+            low, high = torch.stack(near).aminmax(dim=0)
+            beyond = (low - rows).clamp(min=0) + (rows - high).clamp(min=0)
         return float(beyond.norm() / exact.norm())
 
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:

@@ -30,7 +30,8 @@ def default_variant(
     """
     mean = problem.mean_rows(num_rows)
     rows = rows_to_hold(mean)
-    plain = [variant for variant in able if variant.stores_rows]
+    # Packed gate_up has only kernels that activate.
+    plain = [variant for variant in able if variant.stores_rows] or able
     tiles = sorted({variant.token_tile for variant in plain})
     tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
     if tile >= WIDE and mean < WORTH_HALF * tile:

@@ -84,7 +84,7 @@ class PackedWeights:
 
     @cached_property
     def tiled_operands(self) -> Operands:
-        gate_up, gate_up_factor = _tiles(self.encoding, self.gate_up, self.gate_up_scale)
+        gate_up, gate_up_factor = _tiles(self.encoding, *self._gate_beside_up())
         down, down_factor = _tiles(self.encoding, self.down, self.down_scale)
         return self.operands._replace(
             gate_up=gate_up,
@@ -94,6 +94,20 @@ class PackedWeights:
             down_scale=None,
             gemm2_scale=self._product(down_factor, self.operands.gemm2_scale),
         )
+
+    def _gate_beside_up(self) -> tuple[Tensor, Tensor | None]:
+        """gate_up and its scale, where the activation is gated with 8 rows of gate and the same of up in turns: the
+        kernels, whose warps multiply 16 rows, activate what they multiplied."""
+        width = self.down.shape[2] * (1 if self.down_scale is None else 2)
+        if self.gate_up.shape[1] == width:
+            return self.gate_up, self.gate_up_scale
+
+        def in_turns(rows: Tensor) -> Tensor:
+            halves = rows.view(torch.uint8).unflatten(1, (2, -1, _WARP_OUTPUTS))
+            ordered = halves if self.gate_first else halves.flip(1)
+            return ordered.transpose(1, 2).flatten(1, 3).view(rows.dtype)
+
+        return in_turns(self.gate_up), None if self.gate_up_scale is None else in_turns(self.gate_up_scale)
 
     @property
     def encoding(self) -> Weights:
@@ -243,6 +257,8 @@ _EXTRA_OF_FIELD = {
     "beta": Extra.BETA,
     "clamp": Extra.CLAMP,
 }
+
+_WARP_OUTPUTS = 8  # templates/mixed/swiglu.cuh
 
 # Root mean square of the 16 codes.
 _CODE_RMS = math.sqrt(sum(value**2 for value in E2M1_VALUES) / len(E2M1_VALUES))

@@ -33,9 +33,11 @@ struct Config {
   static constexpr int kSteps = kSlices == 1 ? 2 : 4;
 
   // As the direct kernels' epilogue knows a tile.
-  static constexpr bool kSwapAB = true, kSwiglu = false, kCombine = Ends_::kCombine;
+  static constexpr bool kSwapAB = true, kSwiglu = Ends_::kSwiglu, kCombine = Ends_::kCombine;
   static constexpr int kMmas = 1;
-  static constexpr int kOutputs = kWeights, kOutputBytes = 2;
+  static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights, kOutputBytes = 2;
+  // Blocks of activations that a row of the tile may have amaxes of: nvfp4's of 16 are the shortest.
+  static constexpr int kRowBlocks = kSwiglu ? kOutputs / 16 : 1;
 
   // Decoding few tokens' weights is bound by how many instructions an SM issues, for which two warps a scheduler wait too
   // often: four are 7 to 14 % faster.
@@ -47,7 +49,7 @@ struct Config {
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
   static constexpr int kStagingPitch = kOutputs * kOutputBytes + direct::kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
-  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + (kCombine ? 8 * kTokens : 0) + 1024 + 256;
+  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + (kCombine ? 8 * kTokens : 0) + (kSwiglu ? 8 * kTokens * kRowBlocks : 0) + 1024 + 256;
   static constexpr int kStagesThatFit = (direct::kSharedBytes / kBlocksPerSm - kReservedBytes - kFixedBytes) / (kTileBytes + 16);
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
@@ -60,6 +62,7 @@ struct Config {
     alignas(128) uint8_t weights[kStages][kWeightBytes];
     alignas(16) uint8_t staging[kStagingBytes];
     MoeRowOrigin origins[kCombine ? kTokens : 1];
+    int amax[2][kSwiglu ? kTokens * kRowBlocks : 1];  // bits of floats; of the tile before may still be read: they take turns
     Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages];
     uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
@@ -73,8 +76,12 @@ struct Params {
   uint8_t const* weights;        // [groups, n/128, k/128] packed blocks, both quotients rounded up
   float const* weight_scales;    // [groups] or null
   float const* bias;             // [groups, n] or null
+  MoeTokens encoding;            // of activations, with SwiGLU
+  float const *alpha, *beta, *clamp, *multiplier; // [groups] or null, with SwiGLU
+  float clamp_limit;
+  int gate_row, up_row;          // first of either half of the bias, with SwiGLU
   int32_t const* expert_offsets; // [groups + 1]
-  void* output;                  // bf16 [rows, n]; [T, n] to combine
+  void* output;                  // bf16 [rows, n], with SwiGLU [rows, n/2]; [T, n] to combine
   int groups, n, k;
   bool offsets_ready;            // before the predecessor has finished
   MoeRowOrigin const* row_origins; // [rows], to combine

@@ -7,6 +7,7 @@
 #include "direct/kernel.cuh"
 #include "mixed/mainloop.cuh"
 #include "mixed/producer.cuh"
+#include "mixed/swiglu.cuh"
 
 namespace moe::mixed {
 
@@ -16,13 +17,16 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.tokens));
     for (int stage = 0; stage < C::kStages; ++stage) {
       PlainBarrier::init(&shared.full[stage], 1);
-      PlainBarrier::init(&shared.empty[stage], kMathWarps);
+      PlainBarrier::init(&shared.empty[stage], kMathThreads);
     }
     for (int tile = 0; tile < kTilesAhead; ++tile) {
       PlainBarrier::init(&shared.tile_ready[tile], 1);
       PlainBarrier::init(&shared.tile_read[tile], 1 + kMathThreads);
     }
     cutlass::arch::fence_barrier_init();
+  }
+  if constexpr (C::kSwiglu) {
+    for (int i = threadIdx.x; i < C::kTokens * C::kRowBlocks; i += kThreads) shared.amax[0][i] = 0;
   }
   // Else every role waits before it reads what the predecessor writes.
   if (!p.offsets_ready) wait_for_predecessor();
@@ -31,15 +35,18 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
 }
 
 // What becomes of the thread's two rows of weights once they are multiplied; read before, while the loads are awaited.
+template <class C>
 struct Affine {
   float scale, bias[2] = {0.0f, 0.0f};
-  __device__ __forceinline__ Affine(Params const& p, Tile const& tile, int math_thread, float decoded_scale)
-      : scale((p.weight_scales ? p.weight_scales[tile.group] : 1.0f) * decoded_scale) {
+  __device__ __forceinline__ Affine(Params const& p, Tile const& tile, int math_thread)
+      : scale((p.weight_scales ? p.weight_scales[tile.group] : 1.0f) * C::Weights::kScale) {
     if (!p.bias) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = tile.weight_tile * kSliceRows + math_thread / 32 * 16 + math_thread % 32 / 4 + half * 8;
-      if (row < p.n) bias[half] = p.bias[int64_t(tile.group) * p.n + row];
+      int row = tile.weight_tile * kSliceRows + math_thread / 32 * 16 + math_thread % 32 / 4 + half * 8, rows = p.n;
+      if constexpr (C::kSwiglu) row = output_column(tile, math_thread), rows = p.n / 2;
+      int const first = !C::kSwiglu ? 0 : half == 0 ? p.gate_row : p.up_row;
+      if (row < rows) bias[half] = p.bias[int64_t(tile.group) * p.n + first + row];
     }
   }
   template <int kCount>
@@ -54,15 +61,20 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
   int const math_thread = threadIdx.x - 128, blocks = ceil_div(p.k, C::kTileK);
   direct::Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
+  Ring<2> turn;
   Tile tile;
   while (tiles.next(tile)) {
     direct::load_origins<C>(p, shared, tile, math_thread);
-    Affine const affine(p, tile, math_thread, C::Weights::kScale);
+    Affine<C> const affine(p, tile, math_thread);
     direct::Accumulators<C> sum;
     direct::clear<C>(sum);
     multiply<C>(blocks, shared, ring, math_thread, sum[0]);
     affine.apply(sum[0]);
-    direct::store_tile<C>(p, shared, tile, math_thread, sum);
+    if constexpr (C::kSwiglu) {
+      activate_tile<C>(p, shared, tile, math_thread, turn, sum[0]);
+    } else {
+      direct::store_tile<C>(p, shared, tile, math_thread, sum);
+    }
   }
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // staged rows must be read before the block ends
 }

@@ -14,6 +14,14 @@ int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
   p.weights = static_cast<uint8_t const*>(o.weights);
   p.weight_scales = o.weight_scales;
   p.bias = o.bias;
+  p.encoding = static_cast<MoeTokens>(o.encoding);
+  p.alpha = o.alpha;
+  p.beta = o.beta;
+  p.clamp = o.clamp;
+  p.multiplier = o.activation_multiplier;
+  p.clamp_limit = o.clamp_limit;
+  p.gate_row = o.gate_first ? 0 : gemm.n / 2;
+  p.up_row = o.gate_first ? gemm.n / 2 : 0;
   p.expert_offsets = o.expert_offsets;
   p.output = o.output;
   p.groups = gemm.num_groups;

@@ -18,8 +18,8 @@ struct ActivationParams {
 };
 
 // The factors of one expert.
-struct Factors {
-  float clamp_limit, alpha = 1.0f, beta = 0.0f, multiplier = 1.0f;
+struct Factors : SwigluFactors {
+  float multiplier = 1.0f;
 };
 
 // The local expert of each lane's row, where it has one. Must be reached by whole warps, whose rows rise with the lane. The
@@ -36,7 +36,7 @@ __device__ __forceinline__ int expert_of_row(ActivationParams const& p, int row,
 
 template <MoeTokens kTokens>
 __device__ __forceinline__ Factors factors_of_row(ActivationParams const& p, int row, bool valid) {
-  Factors f{p.clamp_limit};
+  Factors f{{p.clamp_limit}};
   if constexpr (kTokens != MOE_TOKENS_FP8_BLOCK) {
     if (!p.alpha && !p.beta && !p.clamp && !p.multiplier) return f;
     int const expert = expert_of_row(p, row, valid);
@@ -80,8 +80,7 @@ __global__ void __launch_bounds__(kThreads) activation_kernel(ActivationParams p
         if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK) {
           values[i] = swiglu(values[i], up[i], f.clamp_limit);
         } else {
-          clamp_gate_up(values[i], up[i], f.clamp_limit);
-          values[i] = swish(values[i], f.alpha) * (up[i] + f.beta);
+          values[i] = swiglu(values[i], up[i], f);
         }
       }
     }

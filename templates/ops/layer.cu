@@ -124,7 +124,7 @@ int32_t run_gemm1(MoeLayer const& layer, MoeVariant const& variant, Buffers cons
   MoeGemmOperands operands{b.rows, fp8_block ? b.row_scales : nullptr, layer.gemm1_weights,
                            fp8_block ? layer.gemm1_weights_scale : layer.gemm1_scale, b.expert_offsets,
                            b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit, 0, layer.gemm1_bias,
-                           b.row_origins};
+                           layer.tokens, layer.alpha, layer.beta, layer.clamp, layer.activation_multiplier, b.row_origins};
   if (variant.swiglu) {
     operands.output = b.activation;
     operands.output_scales = b.activation_scales;
@@ -142,7 +142,7 @@ int32_t run_gemm2(MoeLayer const& layer, MoeVariant const& variant, Buffers cons
   MoeGemmOperands const operands{b.activation, fp8_block ? b.activation_scales : nullptr, layer.gemm2_weights,
                                  fp8_block ? layer.gemm2_weights_scale : layer.gemm2_scale, b.expert_offsets,
                                  variant.combines ? layer.output : b.gemm2_output, nullptr, slots(layer), 0, 0.0f, offsets_ready,
-                                 layer.gemm2_bias, b.row_origins};
+                                 layer.gemm2_bias, layer.tokens, nullptr, nullptr, nullptr, nullptr, b.row_origins};
   MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count,
                             operands, b.gemm2, b.gemm_workspace, layer.stream};
   return variant.run(&gemm);

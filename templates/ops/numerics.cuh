@@ -30,6 +30,16 @@ __device__ __forceinline__ float swiglu(float gate, float up, float clamp_limit)
   return swish(gate, 1.0f) * up;
 }
 
+// What SwiGLU takes of one expert beside gate and up.
+struct SwigluFactors {
+  float clamp_limit, alpha = 1.0f, beta = 0.0f;
+};
+
+__device__ __forceinline__ float swiglu(float gate, float up, SwigluFactors const& f) {
+  clamp_gate_up(gate, up, f.clamp_limit);
+  return swish(gate, f.alpha) * (up + f.beta);
+}
+
 // IEEE division and reciprocal, so that formats/fp8_block.py gives the same bits.
 struct BlockScale {
   float scale, inverse;

@@ -76,6 +76,12 @@ __device__ __forceinline__ float decode_ue8m0(uint32_t code) {
   return __uint_as_float(code == 0 ? 0x00400000u : code == 255 ? 0x7fffffffu : code << 23); // subnormal 2^-127, NaN
 }
 
+__device__ __forceinline__ void round_e4m3x2(float& low, float& high) {
+  float2 const rounded = decode_e4m3x2(encode_e4m3x2(low, high));
+  low = rounded.x;
+  high = rounded.y;
+}
+
 // To nearest, ties to even, saturating at 6. The unit in the last place is half the power of two below, at least 0.5;
 // a sum whose own last place that is rounds to it.
 __device__ __forceinline__ float round_e2m1(float x) {
@@ -92,36 +98,53 @@ __device__ __forceinline__ float largest_magnitude(Values const& values) {
   return amax;
 }
 
-__device__ __forceinline__ void round_e4m3(Values& values, float multiplier, float factor) {
-#pragma unroll
-  for (int i = 0; i < kValuesPerThread; i += 2) {
-    float2 const rounded = decode_e4m3x2(encode_e4m3x2(values[i] * multiplier, values[i + 1] * multiplier));
-    values[i] = rounded.x * factor;
-    values[i + 1] = rounded.y * factor;
+// How a block of kValues values is rounded, by its largest magnitude.
+template <MoeTokens kTokens>
+struct BlockRounding;
+
+// OCP MX: the factor's exponent is that of the largest magnitude less e4m3's largest, 8, and at least -127.
+template <>
+struct BlockRounding<MOE_TOKENS_MXFP8> {
+  static constexpr int kValues = 32;
+  float multiplier, factor;
+  __device__ __forceinline__ explicit BlockRounding(float amax) {
+    uint32_t const code = max(__float_as_uint(amax) >> 23, 8u) - 8;
+    multiplier = __uint_as_float((254 - code) << 23);
+    factor = decode_ue8m0(code);
   }
-}
+  __device__ __forceinline__ float operator()(float value) const {
+    return decode_e4m3x2(encode_e4m3x2(value * multiplier, 0.0f)).x * factor;
+  }
+};
+
+template <>
+struct BlockRounding<MOE_TOKENS_NVFP4> {
+  static constexpr int kValues = 16;
+  float factor, reciprocal;
+  __device__ __forceinline__ explicit BlockRounding(float amax) {
+    factor = decode_e4m3x2(encode_e4m3x2(__fdiv_rn(amax, 6.0f), 0.0f)).x;
+    reciprocal = factor > 0.0f ? __frcp_rn(factor) : 0.0f; // a factor of zero: all codes are
+  }
+  __device__ __forceinline__ float operator()(float value) const {
+    // A division: its remainder corrects the first guess to the nearest quotient, in a third of __fdiv_rn's time.
+    float const guess = value * reciprocal;
+    float const quotient = fmaf(fmaf(-guess, factor, value), reciprocal, guess);
+    return round_e2m1(quotient) * factor;
+  }
+};
 
 // Rounds through an encoding that is stored as bf16. Must be reached by whole warps.
 template <MoeTokens kTokens>
 __device__ __forceinline__ void round16(Values& values) {
   if constexpr (kTokens == MOE_TOKENS_FP8) {
-    round_e4m3(values, 1.0f, 1.0f);
-  } else if constexpr (kTokens == MOE_TOKENS_MXFP8) {
-    // OCP MX: the factor's exponent is that of the largest magnitude less e4m3's largest, 8, and at least -127.
-    float amax = largest_magnitude(values);
-    amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, 1));
-    uint32_t const code = max(__float_as_uint(amax) >> 23, 8u) - 8;
-    round_e4m3(values, __uint_as_float((254 - code) << 23), decode_ue8m0(code));
-  } else if constexpr (kTokens == MOE_TOKENS_NVFP4) {
-    float const factor = decode_e4m3x2(encode_e4m3x2(__fdiv_rn(largest_magnitude(values), 6.0f), 0.0f)).x;
-    float const reciprocal = factor > 0.0f ? __frcp_rn(factor) : 0.0f; // a factor of zero: all codes are
 #pragma unroll
-    for (int i = 0; i < kValuesPerThread; ++i) {
-      // A division: its remainder corrects the first guess to the nearest quotient, in a third of __fdiv_rn's time.
-      float const guess = values[i] * reciprocal;
-      float const quotient = fmaf(fmaf(-guess, factor, values[i]), reciprocal, guess);
-      values[i] = round_e2m1(quotient) * factor;
-    }
+    for (int i = 0; i < kValuesPerThread; i += 2) round_e4m3x2(values[i], values[i + 1]);
+  } else if constexpr (kTokens != MOE_TOKENS_BF16) {
+    float amax = largest_magnitude(values);
+    if constexpr (BlockRounding<kTokens>::kValues == 2 * kValuesPerThread) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, 1));
+    BlockRounding<kTokens> const round(amax);
+#pragma unroll
+    for (int i = 0; i < kValuesPerThread; ++i) values[i] = round(values[i]);
   }
 }
 

@@ -26,6 +26,11 @@ class MoeGemmOperands(Structure):
         ("clamp_limit", c_float),
         ("offsets_ready", c_int32),
         ("bias", c_void_p),
+        ("encoding", c_int32),
+        ("alpha", c_void_p),
+        ("beta", c_void_p),
+        ("clamp", c_void_p),
+        ("activation_multiplier", c_void_p),
         ("row_origins", c_void_p),
     ]
 
