@@ -25,7 +25,8 @@ def reference_layer(
     """hidden_states [T, H] bf16, topk_ids [T, k] int32, topk_weights [T, k] f32 -> [T, H] float64.
 
     quantise: round rows and activations through the format's encoding of tokens, and the GEMMs' results to bf16, where
-    the kernels do, so that what is left is the kernels' own error; False gives the layer on unrounded activations, and
+    the kernels do, so that what is left is the kernels' own error. gate_up's are not rounded, as kernels that activate
+    in place do not; those of fp8_block that leave rows do, which moves some values to a neighbour. False gives the layer on unrounded activations, and
     so what the format costs.
     """
     config, operands = problem.config, weights.operands
@@ -51,7 +52,8 @@ def reference_layer(
             continue
         first = _weight(encodings.weights, operands.gate_up[expert], operands.gate_up_scale, expert)
         sums = _of(operands.gemm1_scale, expert, 1.0) * (tokens[token] @ first.T)
-        activation = _activation(config, operands, stored(sums + _of(operands.gemm1_bias, expert, 0.0)), expert)
+        sums = sums + _of(operands.gemm1_bias, expert, 0.0)
+        activation = _activation(config, operands, sums if config.is_gated else stored(sums), expert)
         second = _weight(encodings.weights, operands.down[expert], operands.down_scale, expert)
         activation = rounded(activation * _of(operands.activation_multiplier, expert, 1.0))
         sums = _of(operands.gemm2_scale, expert, 1.0) * (activation @ second.T)

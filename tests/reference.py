@@ -1,7 +1,6 @@
 """The layer written a second time, from the definitions alone: numpy and float64, plain loops and sorts.
 
-Shares no code with moe_runtime. `quantised` rounds where the executors round (e4m3 rows and activations, bf16 GEMM1
-output), so that what is left is the executors' own error; without it, the difference is what the format costs.
+Shares no code with moe_runtime. `quantised` rounds where the executors round, e4m3 rows and activations, so that what is left is the executors' own error; without it, the difference is what the format costs.
 """
 
 from __future__ import annotations
@@ -127,8 +126,6 @@ def layer(
 
 def _expert(config: MoEConfig, gate_first: bool, token: Array, gate_up: Array, down: Array, quantised: bool) -> Array:
     product = gate_up @ token
-    if quantised:
-        product = torch.from_numpy(product).bfloat16().double().numpy()
     inter = config.intermediate_size
     gate, up = (product[:inter], product[inter:]) if gate_first else (product[inter:], product[:inter])
     if config.clamp_limit is not None:

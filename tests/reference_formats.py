@@ -141,9 +141,9 @@ def _expert(
     def stored(values: Array) -> Array:
         return torch.from_numpy(values).bfloat16().double().numpy() if quantised else values
 
-    hidden = stored(of(operands.gemm1_scale, 1) * (row @ matrices[0][local].T) + of(operands.gemm1_bias, 0))
+    hidden = of(operands.gemm1_scale, 1) * (row @ matrices[0][local].T) + of(operands.gemm1_bias, 0)
     if config.activation == "relu2":
-        activation = np.maximum(hidden, 0) ** 2
+        activation = np.maximum(stored(hidden), 0) ** 2
     else:
         halves = np.split(hidden, 2, axis=1)
         gate, up = halves if operands.gate_first else halves[::-1]

@@ -92,7 +92,8 @@ class CpuExecutor:
         rows = _gather(problem, operands, inputs, slots, topk_weights if weighs_input else None)
 
         gate_up = self._matmul(problem, "gemm1", tactics[0], rows, counts, operands)
-        gate_up = _scaled(gate_up, expert_of_row, operands.gemm1_scale, operands.gemm1_bias)
+        kept = torch.float32 if problem.config.is_gated else torch.bfloat16  # as kernels that activate in place do
+        gate_up = _scaled(gate_up, expert_of_row, operands.gemm1_scale, operands.gemm1_bias, kept)
         rows = _activate(problem, operands, gate_up, expert_of_row)
         result = self._matmul(problem, "gemm2", tactics[1], rows, counts, operands)
         result = _scaled(result, expert_of_row, operands.gemm2_scale, operands.gemm2_bias)
@@ -129,7 +130,7 @@ class CpuExecutor:
     def _matmul(
         self, problem: MoEProblem, gemm: Gemm, tactic: str, rows: Tensor, counts: list[int], operands: Operands
     ) -> Tensor:
-        """Sums [M, N]: f32 where they are yet to be scaled or biased, else rounded to bf16."""
+        """Sums [M, N]: f32 where they are yet to be scaled, biased or gated, else rounded to bf16."""
         reason = self.can_implement(problem, gemm, tactic)
         if reason is not None:
             raise InvalidArgument("tactics", f"{tactic} for {gemm}", "a tactic that this machine runs", reason)
@@ -138,7 +139,8 @@ class CpuExecutor:
             if gemm == "gemm1"
             else (operands.gemm2_scale, operands.gemm2_bias)
         )
-        dtype = torch.bfloat16 if follows == (None, None) else torch.float32
+        is_final = follows == (None, None) and not (gemm == "gemm1" and problem.config.is_gated)
+        dtype = torch.bfloat16 if is_final else torch.float32
         return TACTICS[tactic](rows, counts, self._dequantised(*_matrix(problem, operands, gemm)), dtype)
 
     def _dequantised(self, encoding: Weights, values: Tensor, scale: Tensor | None) -> Tensor:
@@ -244,17 +246,23 @@ def _gather(
     return rows[slots // top_k]
 
 
-def _scaled(sums: Tensor, expert_of_row: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-    """bf16(scale * sums + bias), each expert's own."""
+def _scaled(
+    sums: Tensor,
+    expert_of_row: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """scale * sums + bias, each expert's own, in dtype."""
     if scale is not None:
         sums = sums * scale[expert_of_row, None]
     if bias is not None:
         sums = sums + bias[expert_of_row]
-    return sums.to(torch.bfloat16)
+    return sums.to(dtype)
 
 
 def _activate(problem: MoEProblem, operands: Operands, gate_up: Tensor, expert_of_row: Tensor) -> Tensor:
-    """gate_up [M, N1] bf16 -> rows [M, I] f32 of GEMM2, rounded through the encoding."""
+    """gate_up [M, N1] -> rows [M, I] f32 of GEMM2, rounded through the encoding."""
     config = problem.config
 
     def of_row(values: Tensor | None) -> Tensor | None:
