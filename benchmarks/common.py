@@ -62,7 +62,8 @@ def capture(call: Callable[[], object], launches: int) -> torch.cuda.CUDAGraph:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Of this thread alone: NCCL's watchdog asks for its events meanwhile, which would end a capture of all threads.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(launches):
             call()
     graph.replay()

@@ -6,9 +6,10 @@
 
 from .checkpoints import load_experts
 from .config import MoEConfig, RoutingMethod
-from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, Unsupported
+from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, RankError, Unsupported
 from .layer import FusedMoE, fused_moe
 from .parallel import Parallel
+from .parallel.layer import ParallelMoE
 from .placement import Placement, Placements, physical_config
 from .tuning.plan import Plan
 from .weights import FP8BlockWeights, PackedWeights
@@ -22,10 +23,12 @@ __all__ = [
     "MoEError",
     "PackedWeights",
     "Parallel",
+    "ParallelMoE",
     "Placement",
     "Placements",
     "Plan",
     "PlanRefused",
+    "RankError",
     "RoutingMethod",
     "Unsupported",
     "fused_moe",

@@ -23,6 +23,10 @@ class Unsupported(MoEError, RuntimeError):
     """A valid request that this machine or this build cannot serve; the message says what is missing."""
 
 
+class RankError(MoEError, RuntimeError):
+    """Ranks that work together are not all there, or not alike; the message says which and how."""
+
+
 class KernelError(MoEError, RuntimeError):
     """A failure reported by a compiled kernel.
 

@@ -22,8 +22,8 @@ class FusedMoE:
     """The local experts' share of one MoE layer, for inference.
 
     Routing, gather and quantisation, GEMM1, activation and quantisation, GEMM2, weighted combine. The output holds what
-    the rank's own experts contribute, or its slices of them under tensor parallelism, a partial sum; summing over ranks
-    is the caller's all-reduce or all-to-all.
+    the rank's own experts contribute, or its slices of them under tensor parallelism, a partial sum; `ParallelMoE` sums
+    them over ranks, or the caller's all-reduce or all-to-all.
 
     deterministic: two calls give equal bits. Else a kernel may add up what a token's experts give as they finish, which
     spares 1 to 4 % of a layer.

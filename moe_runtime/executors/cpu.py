@@ -121,10 +121,7 @@ class CpuExecutor:
         if inputs.routing_logits is not None:
             return route(problem.config, inputs.routing_logits, inputs.routing_bias)
         assert inputs.topk_ids is not None and inputs.topk_weights is not None
-        experts = problem.config.num_experts
-        bad = inputs.topk_ids[(inputs.topk_ids < -1) | (inputs.topk_ids >= experts)]
-        if bad.numel():
-            raise InvalidArgument("topk_ids", f"an id of {bad[0].item()}", f"-1 to {experts - 1}")
+        check_ids(inputs.topk_ids, problem.config.num_experts)
         return inputs.topk_ids, inputs.topk_weights
 
     def _matmul(
@@ -203,6 +200,13 @@ class CpuLayerTrial:
 
     def _run(self, pair: TacticPair) -> None:
         self._executor.run(self._problem, self._weights, self._inputs, pair, self._output, None)
+
+
+def check_ids(topk_ids: Tensor, num_experts: int) -> None:
+    """Raises InvalidArgument for an id that is neither -1 nor an expert's."""
+    bad = topk_ids[(topk_ids < -1) | (topk_ids >= num_experts)]
+    if bad.numel():
+        raise InvalidArgument("topk_ids", f"an id of {bad[0].item()}", f"-1 to {num_experts - 1}")
 
 
 def _timed(run: Callable[[T], object], names: Sequence[T], repeats: int) -> dict[T, list[float]]:

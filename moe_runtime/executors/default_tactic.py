@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from ..formats import Weights
 from ..kernels import KernelVariant
 from .base import Gemm, MoEProblem, rows_to_hold
 
@@ -14,6 +15,11 @@ NARROW = 32
 WIDE, WORTH_HALF = 256, 0.57
 """Tokens from which a tile is bound by multiplying, and the share of it that must be rows for it to beat one of half
 the size: at 128 rows a tile of 256 takes 1.8 times as long, at 256 rows 0.91."""
+
+
+DECODING, MULTIPLYING = 70.0, 1.63
+"""Time of a tile of t tokens by 128 packed weights, in no unit: the larger of DECODING + t, what decoding its weights and
+multiplying side by side take, and MULTIPLYING * t. Within 15 % of what tiles of 16 to 256 take on an H200."""
 
 
 def default_variant(
@@ -30,8 +36,9 @@ def default_variant(
     """
     mean = problem.mean_rows(num_rows)
     rows = rows_to_hold(mean)
-    # Packed gate_up has only kernels that activate.
-    plain = [variant for variant in able if variant.stores_rows] or able
+    if able[0].weights != Weights.FP8_BLOCK:
+        return _default_of_packed(able, gemm, mean)
+    plain = [variant for variant in able if variant.stores_rows]
     tiles = sorted({variant.token_tile for variant in plain})
     tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
     if tile >= WIDE and mean < WORTH_HALF * tile:
@@ -53,6 +60,21 @@ def default_variant(
     suited = [variant for variant in plain if variant.token_tile == tile]
     chosen = (min if tile <= NARROW else max)(suited, key=lambda variant: variant.weight_tile)
     return twin(chosen, able, "", "combine")
+
+
+def _default_of_packed(able: Sequence[KernelVariant], gemm: Gemm, mean: float) -> KernelVariant:
+    """The tile of which an expert's rows take the least time. Of a gated activation gemm1 has only kernels that activate,
+    and gemm2 combines."""
+    suited = [variant for variant in able if not variant.combines or gemm == "gemm2"]
+    variant = min(suited, key=lambda v: max(DECODING + v.token_tile, MULTIPLYING * v.token_tile) * _tiles(mean, v.token_tile))
+    return twin(variant, able, "", "combine") if gemm == "gemm2" else variant
+
+
+def _tiles(mean: float, tile: int) -> float:
+    """Tiles that an expert takes on average, of those that have any, where rows are spread as by random routing."""
+    spread = math.sqrt(2 * max(mean, 1e-9))
+    last = math.ceil((mean + 4 * spread) / tile)
+    return 1 + sum(math.erfc((tile * full + 0.5 - mean) / spread) / 2 for full in range(1, last + 1))
 
 
 def twin(variant: KernelVariant, others: Iterable[KernelVariant], end: str, other_end: str) -> KernelVariant:

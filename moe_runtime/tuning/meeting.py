@@ -20,7 +20,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from ..errors import InvalidArgument, MoEError
+from ..errors import InvalidArgument, RankError
 
 POLL_SECONDS = 0.05
 LINGER_SECONDS = 2.0
@@ -28,10 +28,6 @@ LINGER_SECONDS = 2.0
 
 T = TypeVar("T")
 _meetings = count()
-
-
-class RankError(MoEError, RuntimeError):
-    """Ranks that work together are not all there, or not alike; the message says which and how."""
 
 
 @contextmanager

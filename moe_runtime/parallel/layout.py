@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, cast
 
-from .errors import InvalidArgument
+from ..errors import InvalidArgument
 
 Regime = Literal["dep", "ep", "tp"]
 REGIMES: tuple[Regime, ...] = ("dep", "ep", "tp")
