@@ -28,7 +28,7 @@ def fields_of(name: str) -> list[tuple[str, object]]:
         if function := re.match(r"\w+ \(\*(\w+)\)", declaration):
             fields.append((function[1], "pointer"))
         elif "*" in declaration:
-            fields.append((declaration.rsplit("*", 1)[1].strip(), "pointer"))
+            fields += [(name, "pointer") for name in re.findall(r"\*\s*(\w+)", declaration)]
         else:
             kind, names = declaration.split(None, 1)
             fields += [(field.strip(), SCALARS.get(kind, kind)) for field in names.split(",")]

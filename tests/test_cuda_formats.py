@@ -28,13 +28,20 @@ FACTORS = ("gemm1_bias", "alpha", "beta", "clamp", "activation_multiplier", "gem
 
 
 def variants() -> dict[str, KernelVariant]:
-    """One kernel for each encoding of weights, of which that of fp8_block takes 128 rows at a time."""
+    """For each encoding of weights a kernel, and of packed ones another that activates; fp8_block's takes 128 rows at a
+    time."""
+    kinds = [(encoding, False) for encoding in Weights] + [(encoding, True) for encoding in Weights]
     return {
-        f"kernel_{encoding.name}": KernelVariant(
-            index, f"kernel_{encoding.name}", (128, 16, 128), (1, 1), True, 4, 0, swiglu=False, weights=encoding
+        kernel(encoding, swiglu): KernelVariant(
+            index, kernel(encoding, swiglu), (128, 16, 128), (1, 1), True, 4, 0, swiglu=swiglu, weights=encoding
         )
-        for index, encoding in enumerate(Weights)
+        for index, (encoding, swiglu) in enumerate(kinds)
+        if not (swiglu and encoding == Weights.FP8_BLOCK)
     }
+
+
+def kernel(encoding: Weights, swiglu: bool) -> str:
+    return f"kernel_{encoding.name}" + swiglu * "_swiglu"
 
 
 @pytest.fixture
@@ -77,7 +84,8 @@ def test_arguments(executor: CudaExecutor, format: str, activation: str) -> None
     assert (call["weights"], call["tokens"]) == (found.weights, found.tokens)
     assert call["activation"] == (activation == "relu2")
     assert (call["hidden_size"], call["intermediate_size"]) == (96, 160)
-    assert call["gemm1_variant"] == call["gemm2_variant"] == list(Weights).index(found.weights)
+    assert call["gemm1_variant"] == executor.variants[kernel(found.weights, activation == "swiglu")].index
+    assert call["gemm2_variant"] == executor.variants[kernel(found.weights, False)].index
     assert call["gemm1_weights"] == operands.gate_up.data_ptr() != weights.operands.gate_up.data_ptr()
     assert call["gemm2_weights"] == operands.down.data_ptr()
     assert call["gemm1_weights_scale"] == call["gemm2_weights_scale"] == 0
@@ -129,7 +137,8 @@ def test_weights_are_packed_once(executor: CudaExecutor, tiles: list[Tensor]) ->
     weights, (x, logits) = make_weights(problem), make_inputs(problem.config)
     assert isinstance(weights, PackedWeights)
     first, second = (FusedMoE(problem.config, problem.parallel, weights) for _ in range(2))
-    assert [each is part for each, part in zip(tiles, (weights.gate_up, weights.down), strict=True)] == [True, True]
+    gate_up, down = tiles
+    assert gate_up.shape == weights.gate_up.shape and down is weights.down
     first(x, logits)
     pointer = last_call(executor)["gemm1_weights"]
     second(x, logits)
@@ -206,13 +215,15 @@ def test_packed_weights_go_with_the_caller_s(executor: CudaExecutor, tiles: list
 @pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_tactics_are_those_that_read_the_weights(executor: CudaExecutor, format: str, gemm: Any) -> None:
-    problem, name = make_problem(format), f"kernel_{FORMATS[format].weights.name}"
-    assert executor.tactics(problem, gemm) == (name,)
+    problem, encoding = make_problem(format), FORMATS[format].weights
+    own = [name for name, variant in executor.variants.items() if variant.weights == encoding]
+    assert executor.tactics(problem, gemm) == tuple(own)
+    name = kernel(encoding, gemm == "gemm1" and format != "fp8_block")
     assert executor.can_implement(problem, gemm, name) is None
     assert executor.default_tactic(problem, gemm, 7) == name
-    for other in set(executor.variants) - {name}:
+    for other in executor.variants.keys() - own:
         reason = executor.can_implement(problem, gemm, other)
-        assert reason == f"it reads {other.removeprefix('kernel_').lower()} weights"
+        assert reason == f"it reads {executor.variants[other].weights.name.lower()} weights"
     executor._variants = {other: variant for other, variant in executor.variants.items() if other != name}
     with pytest.raises(Unsupported, match=rf"has no kernel for {gemm} of .*format='{format}'"):
         executor.default_tactic(problem, gemm, 9)

@@ -1,27 +1,23 @@
-"""Which kernels the CUDA executor takes for which GEMM, and how a trial judges them; no GPU, no library."""
+"""Which kernels the CUDA executor takes for which GEMM; no GPU, no library."""
 
 from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor
 
 from moe_runtime import MoEConfig, Parallel, machine
-from moe_runtime.activation import swiglu
 from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
-from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.executors.default_tactic import twin
 from moe_runtime.formats import FORMATS, Weights
-from moe_runtime.formats.fp8_block import dequantise_rows, quantise_rows, rounding_of_rows
 from moe_runtime.kernels import KernelVariant, LayerArguments, WorkspaceLayout
-from moe_runtime.reference import relative_error
 from moe_runtime.workload import kernel_rows, make_workload
 
 ENCODINGS = tuple(Weights)
@@ -58,10 +54,8 @@ def executor(variants: dict[str, KernelVariant], most_experts: int = 1024) -> Cu
     return made
 
 
-def problem(
-    hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8", format: str = "fp8_block"
-) -> MoEProblem:
-    return MoEProblem(MoEConfig("test", hidden, intermediate, 256, 8, format=format), Parallel.parse(parallel))
+def problem(hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8", **options: str) -> MoEProblem:
+    return MoEProblem(MoEConfig("test", hidden, intermediate, 256, 8, **options), Parallel.parse(parallel))
 
 
 @pytest.mark.parametrize("gemm", GEMMS)
@@ -75,7 +69,7 @@ def test_every_format_has_kernels_of_its_own(format: str, gemm: Gemm) -> None:
     chosen = [made.default_tactic(shape, gemm, rows) for rows in (1, 512, 8192)]
     assert set(chosen) <= set(able_tactics(made, shape, gemm))
     if format != "fp8_block":
-        serving = {name for name in tactics if gemm == "gemm2" or not made.variants[name].combines}
+        serving = {name for name in tactics if made.variants[name].swiglu == (gemm == "gemm1")}
         assert serving == set(able_tactics(made, shape, gemm))
         tiles = [made.variants[name].token_tile for name in chosen]
         assert tiles == sorted(set(tiles))
@@ -123,15 +117,27 @@ def test_what_a_kernel_does_beside_the_product_decides_whom_it_serves(
         assert made.can_implement(problem(), "gemm2", name) == gemm2
 
 
+NO_GATE, ROWS_APART = "it applies SwiGLU, not relu2", "gate and up are packed for kernels that activate"
+REFUSALS_OF_PACKED = {
+    ("swiglu", "gemm1"): {"plain": ROWS_APART, "combine": ADDS_UP, "swiglu": None},
+    ("swiglu", "gemm2"): {"plain": None, "combine": None, "swiglu": ACTIVATES},
+    ("relu2", "gemm1"): {"plain": None, "combine": ADDS_UP, "swiglu": NO_GATE},
+    ("relu2", "gemm2"): {"plain": None, "combine": None, "swiglu": ACTIVATES},
+}
+
+
+def ends_of(name: str) -> str:
+    return next((end for end in ("combine", "swiglu") if name.endswith(f"_{end}")), "plain")
+
+
+@pytest.mark.parametrize(("activation", "gemm"), REFUSALS_OF_PACKED)
 @pytest.mark.parametrize("format", ["mxfp8_mxfp4", "nvfp4", "bf16"])
-def test_kernels_of_packed_weights_add_up_as_gemm2_only(format: str) -> None:
-    made, shape = executor(library(weights=ENCODINGS)), problem(format=format)
-    found = made.tactics(shape, "gemm2")
-    assert found == made.tactics(shape, "gemm1")
-    assert sum(name.endswith("_combine") for name in found) == len(found) / 2 > 0
+def test_a_third_of_the_kernels_of_packed_weights_is_for_each_end(format: str, activation: str, gemm: Gemm) -> None:
+    made, shape = executor(library(weights=ENCODINGS)), problem(format=format, activation=activation)
+    found, refusals = made.tactics(shape, gemm), REFUSALS_OF_PACKED[activation, gemm]
+    assert Counter(map(ends_of, found)) == dict.fromkeys(refusals, 6)
     for name in found:
-        assert made.can_implement(shape, "gemm1", name) == (ADDS_UP if name.endswith("_combine") else None)
-        assert made.can_implement(shape, "gemm2", name) is None
+        assert made.can_implement(shape, gemm, name) == refusals[ends_of(name)]
 
 
 @pytest.mark.parametrize("catalogue", ["default_entries", "select"])
@@ -249,13 +255,18 @@ def test_fusing_waits_for_enough_tiles_to_fill_the_gpu(tokens_a_rank: int, fused
     assert (chosen.swiglu, chosen.gathers) == (fused, False)
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+@pytest.mark.parametrize("parallel", ["ep1", "ep8", "dep8"])
 @pytest.mark.parametrize("format", ["mxfp8_mxfp4", "nvfp4", "bf16"])
-@pytest.mark.parametrize("rows", [1, 64, 8192])
-def test_defaults_of_packed_weights_combine(format: str, rows: int) -> None:
-    made, shape = executor(library(weights=ENCODINGS)), problem(format=format)
-    first, second = (made.variants[made.default_tactic(shape, gemm, rows)] for gemm in GEMMS)
-    assert first.weights == second.weights == shape.config.number_format.weights
-    assert first.stores_rows and second.combines and first.tile == second.tile
+def test_defaults_of_packed_weights_activate_and_combine(format: str, parallel: str, activation: str) -> None:
+    """Whatever the rows: for a gated gemm1 there is no other kernel, however few tiles there are."""
+    made = executor(library(weights=ENCODINGS))
+    shape = problem(format=format, parallel=parallel, activation=activation)
+    for rows in (*range(1, 34), *(2**power + more for power in range(6, 16) for more in (-1, 0, 1))):
+        first, second = (made.variants[made.default_tactic(shape, gemm, rows)] for gemm in GEMMS)
+        assert first.weights == second.weights == shape.config.number_format.weights
+        assert (first.swiglu, first.stores_rows) == (activation == "swiglu", activation == "relu2")
+        assert second.combines and first.tile == second.tile
 
 
 def test_defaults_of_a_library_without_twins() -> None:
@@ -303,102 +314,3 @@ def test_defaults_of_a_library_without_the_family() -> None:
     for gemm in GEMMS:
         assert made.default_tactic(problem(), gemm, 8) == names[0]
         assert made.default_tactic(problem(), gemm, 8192) == names[1]
-
-
-FUSED, PLAIN = NAME("direct_256x32x", "1x1", "_swap_ab_swiglu"), NAME("direct_256x32x", "1x1", "_swap_ab")
-
-
-def trial(gate_first: bool = True, clamp_limit: float | None = None) -> CudaGemmTrial:
-    made = object.__new__(CudaGemmTrial)
-    made._variants = library(FUSED, PLAIN)
-    made._operands = SimpleNamespace(gate_first=gate_first)  # type: ignore[assignment]
-    made._problem = MoEProblem(MoEConfig("test", 256, 128, 8, 2, clamp_limit=clamp_limit), Parallel("ep", 1))
-    return made
-
-
-def gate_up() -> Tensor:
-    return 3 * torch.randn(20, 256, generator=torch.Generator().manual_seed(0))
-
-
-def through_e4m3(x: Tensor) -> Tensor:
-    return dequantise_rows(*quantise_rows(x))
-
-
-def test_the_error_of_a_plain_gemm_is_relative() -> None:
-    expected = gate_up()
-    rows = expected.bfloat16()
-    assert trial().error(PLAIN, rows, expected) == relative_error(rows, expected) > 1e-4
-    assert trial().error(PLAIN, 0 * rows, expected) == 1
-
-
-@pytest.mark.parametrize("clamp_limit", [None, 2.0])
-@pytest.mark.parametrize("gate_first", [True, False])
-def test_rounding_to_e4m3_is_no_error_of_a_fused_gemm(gate_first: bool, clamp_limit: float | None) -> None:
-    """Quantising alone moves the rows by 2 %, which would hide what a wrong GEMM adds."""
-    made, expected = trial(gate_first, clamp_limit), gate_up()
-    exact = swiglu(expected, gate_first, clamp_limit)
-    rows = through_e4m3(exact)
-    assert relative_error(rows, exact) > 0.015
-    assert made.error(FUSED, rows, expected) < 1e-6
-    assert trial(not gate_first, clamp_limit).error(FUSED, rows, expected) > 0.5
-    if clamp_limit is not None:
-        assert trial(gate_first).error(FUSED, rows, expected) > 0.1
-
-
-def test_the_error_of_a_fused_gemm_is_what_lies_beyond_the_rounding() -> None:
-    expected = gate_up()
-    exact = swiglu(expected, True, None)
-    beyond = torch.zeros_like(exact)
-    beyond[3] = 0.5
-    error = trial().error(FUSED, exact + (rounding_of_rows(exact) + beyond), expected)
-    assert error == pytest.approx(float(beyond.norm() / exact.norm()), rel=1e-4)
-    assert trial().error(FUSED, torch.zeros_like(exact), expected) > 0.9
-
-
-@pytest.mark.parametrize(
-    ("name", "before"),
-    [
-        (PLAIN, torch.nan),
-        (PLAIN + "_combine", 0.0),
-        (FUSED, torch.nan),
-        (FUSED.replace("_swiglu", "_gather_swiglu"), torch.nan),
-    ],
-    ids=["plain", "combine", "swiglu", "gather_swiglu"],
-)
-def test_a_trial_takes_its_rows_for_tokens(name: str, before: float) -> None:
-    """So that what gathers finds them where they lie, and what combines adds each to zeros of its own."""
-    made, launched = trial(), []
-    made._variants = library()
-    as_it_was = torch.randint(1000, (5, 2), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
-    made._origins, made._output = as_it_was.clone(), torch.ones(5, 256).bfloat16()
-    made._activation, made._activation_scales = quantise_rows(torch.ones(5, 128))
-    elsewhere = torch.empty(1)
-    made._arguments = {name: LayerArguments(output=elsewhere.data_ptr())}
-
-    def launch(args: LayerArguments) -> None:
-        launched.append((made._origins.clone(), made._output.clone(), args.output))
-        made._output.fill_(2.0)
-        made._activation.copy_(torch.full((5, 128), 3.0).to(torch.float8_e4m3fn))
-        made._activation_scales.fill_(1.0)  # type: ignore[union-attr]
-
-    made._launch = launch  # type: ignore[assignment]
-    for _ in range(2):
-        assert (made.run(name) == (3.0 if "swiglu" in name else 2.0)).all()
-        assert torch.equal(made._origins, as_it_was)
-    variant = made._variants[name]
-    for origins, output, to in launched:
-        assert output.isnan().all() if before != before else (output == before).all()
-        if variant.gathers or variant.combines:
-            assert origins[:, 0].tolist() == [0, 1, 2, 3, 4]
-            assert origins[:, 1].contiguous().view(torch.float32).tolist() == [1.0] * 5
-            assert to == made._output.data_ptr()
-        else:
-            assert torch.equal(origins, as_it_was) and to == elsewhere.data_ptr()
-
-
-def test_an_unwritten_row_of_a_fused_gemm_shows() -> None:
-    expected = gate_up()
-    rows = through_e4m3(swiglu(expected, True, None))
-    rows[7, 5] = torch.nan
-    error = trial().error(FUSED, rows, expected)
-    assert error != error

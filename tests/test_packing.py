@@ -4,6 +4,8 @@ definitions."""
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import itertools
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -17,8 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from codegen.files import TEMPLATES
+from moe_runtime import MoEConfig, PackedWeights
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.formats.packing import pack_bf16, pack_mxfp4, pack_nvfp4
+from tests.reference_formats import dequantise_weights
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -152,6 +156,62 @@ def test_experts_are_packed_each_for_itself() -> None:
     assert blob.shape == (3, 2, 2, 8704) and blob.is_contiguous() and blob.dtype is torch.uint8
     for expert in range(3):
         assert torch.equal(blob[expert], pack_mxfp4(codes[expert, None], factors[expert, None])[0][0])
+
+
+def decoded_layer(decode: Decode, weights: PackedWeights, blob: Tensor) -> np.ndarray:
+    """[experts, rows, columns], padded: what either matrix' blob holds, without what packing takes out."""
+    encoding = weights.encoding.name.lower()
+    matrices = np.stack([decode(encoding, expert) for expert in blob])
+    return matrices / (NVFP4_SCALE if encoding == "nvfp4" else 1)
+
+
+def values_of(weights: PackedWeights, matrix: str) -> np.ndarray:
+    scale = getattr(weights, f"{matrix}_scale")
+    return dequantise_weights(weights.encoding.name.lower(), getattr(weights, matrix), scale)
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+@given(inter=st.integers(1, 9), hidden=st.integers(1, 5))
+@settings(max_examples=6)
+def test_tiles_of_gate_up_have_eight_rows_of_gate_beside_eight_of_up(decode, format, gate_first, inter, hidden) -> None:
+    """A warp multiplies 16 rows of a tile. Where 64 do not divide either half, the last tile ends in zeros."""
+    inter, hidden = 32 * inter, 32 * hidden
+    config = MoEConfig("packed", hidden, inter, 2, 1, format=format)
+    weights = dataclasses.replace(PackedWeights.random(config, 2, inter), gate_first=gate_first)
+    tiled, values = weights.tiled_operands, values_of(weights, "gate_up")
+    halves = (values[:, :inter], values[:, inter:])
+    gate, up = halves if gate_first else halves[::-1]
+    found = decoded_layer(decode, weights, tiled.gate_up)
+    assert found.shape == (2, 128 * -(-inter // 64), 128 * -(-hidden // 128))
+    for tile, warp, half, group in itertools.product(range(found.shape[1] // 128), range(8), range(2), range(8)):
+        row = 64 * tile + 8 * warp + group
+        expected = (gate, up)[half][:, row] if row < inter else np.zeros((2, hidden))
+        packed = found[:, 128 * tile + 16 * warp + 8 * half + group]
+        np.testing.assert_array_equal(packed[:, :hidden], expected)
+        assert not packed[:, hidden:].any()
+    down = decoded_layer(decode, weights, tiled.down)
+    np.testing.assert_array_equal(down, np.stack([padded(expert) for expert in values_of(weights, "down")]))
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+def test_tiles_of_gate_up_without_a_gate_keep_their_order(decode: Decode, format: str) -> None:
+    config = MoEConfig("packed", 96, 160, 2, 1, format=format, activation="relu2")
+    weights = PackedWeights.random(config, 2, extras=True)
+    found = decoded_layer(decode, weights, weights.tiled_operands.gate_up)
+    np.testing.assert_array_equal(found, np.stack([padded(expert) for expert in values_of(weights, "gate_up")]))
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+def test_only_the_tiles_have_another_order_than_the_weights(format: str, gate_first: bool) -> None:
+    """The bias keeps the caller's: kernels read it by gate_first."""
+    weights = PackedWeights.random(MoEConfig("packed", 96, 160, 2, 1, format=format), 2, extras=True)
+    weights = dataclasses.replace(weights, gate_first=gate_first)
+    before, tiled = weights.gate_up.clone(), weights.tiled_operands
+    assert torch.equal(weights.gate_up, before) and tiled.gate_first is gate_first
+    assert tiled.gemm1_bias is weights.gate_up_bias is not None
+    assert weights.operands.gate_up is weights.gate_up
 
 
 CODES = torch.zeros(1, 32, 32, dtype=torch.uint8)

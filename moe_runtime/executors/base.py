@@ -240,11 +240,14 @@ class GemmTrial(Protocol):
         ...
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """(row_index [S] int64, values [S, N] f32): the exact result of those rows, computed by no tactic."""
+        """(row_index [S] int64, values [S, N] f32): the exact result of those rows, computed by no tactic.
+
+        Where all tactics of gemm1 fuse the activation, its result: [S, N/2].
+        """
         ...
 
     def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
-        """||rows - expected|| / ||expected|| for rows [S, ...] of `run` and values [S, N] of `reference`.
+        """||rows - expected|| / ||expected|| for rows [S, ...] of `run` and values [S, ...] of `reference`.
 
         Of a tactic that quantises its result: what goes beyond rounding to a neighbour of the exact value.
         """

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activation import swiglu
-from ..formats import Tokens
+from ..formats import Tokens, Weights
 from ..formats.fp8_block import BLOCK, dequantise_rows, rounding_of_rows
 from ..formats.tokens import round_rows
 from ..formats.weights import dequantise_weights
@@ -133,7 +133,10 @@ class CudaGemmTrial:
         return self._activation.float() if scales is None else dequantise_rows(self._activation, scales)
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """Rows of a few experts, the fullest and the emptiest among them, in float32 on dequantised operands."""
+        """Rows of a few experts, the fullest and the emptiest among them, in float32 on dequantised operands.
+
+        Of packed gate_up with a gated activation, whose kernels all activate, the activations.
+        """
         counts = self._workload.rows_per_expert.long()
         first_rows = torch.cumsum(counts, 0) - counts
         order = torch.argsort(counts, descending=True, stable=True)
@@ -149,7 +152,7 @@ class CudaGemmTrial:
         return torch.cat(index), torch.cat(values)
 
     def _product(self, expert: int, rows: Tensor) -> Tensor:
-        """The rows' exact results [S, N] f32, with the expert's scale and bias."""
+        """The rows' exact results f32, with the expert's scale and bias, and activated where every kernel does that."""
         if self.scales is None:
             tokens = self.tokens[rows].float()
         else:
@@ -162,21 +165,27 @@ class CudaGemmTrial:
         product = tokens @ weight.T
         if factor is not None:
             product = product * factor[expert]
-        return product if bias is None else product + bias[expert]
+        if bias is not None:
+            product = product + bias[expert]
+        if not first or self._formats.weights == Weights.FP8_BLOCK or not self._problem.config.is_gated:
+            return product
+        clamp = self._problem.config.clamp_limit if o.clamp is None else o.clamp[expert]
+        alpha, beta = (None if values is None else values[expert] for values in (o.alpha, o.beta))
+        activation = swiglu(product, o.gate_first, clamp, alpha, beta)
+        return activation if o.activation_multiplier is None else activation * o.activation_multiplier[expert]
 
     def error(self, tactic: str, rows: Tensor, expected: Tensor) -> float:
-        if not self._variants[tactic].swiglu:
+        tokens = self._formats.tokens
+        if not self._variants[tactic].swiglu or tokens == Tokens.BF16:
             return relative_error(rows, expected)
-        exact = swiglu(expected, self._operands.gate_first, self._problem.config.clamp_limit)
-        if self._formats.tokens == Tokens.BF16:
-            return relative_error(rows, exact)
-        if self._formats.tokens == Tokens.FP8_BLOCK:
-            beyond = ((rows - exact).abs() - rounding_of_rows(exact)).clamp(min=0)
+        if tokens == Tokens.FP8_BLOCK:
+            expected = swiglu(expected, self._operands.gate_first, self._problem.config.clamp_limit)
+            beyond = ((rows - expected).abs() - rounding_of_rows(expected)).clamp(min=0)
         else:
-            near = [round_rows(self._formats.tokens, exact * (1 + slack)).float() for slack in (-SLACK, 0.0, SLACK)]
+            near = [round_rows(tokens, expected * (1 + slack)).float() for slack in (-SLACK, 0.0, SLACK)]
             low, high = torch.stack(near).aminmax(dim=0)
             beyond = (low - rows).clamp(min=0) + (rows - high).clamp(min=0)
-        return float(beyond.norm() / exact.norm())
+        return float(beyond.norm() / expected.norm())
 
     def time(self, tactics: Sequence[str], repeats: int) -> dict[str, list[float]]:
         return self._timer.time(tactics, repeats)

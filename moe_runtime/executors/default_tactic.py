@@ -13,13 +13,16 @@ NARROW = 32
 """Tokens of a tile up to which a GEMM is bound by reading weights, and fusing the activation costs it nothing."""
 
 WIDE, WORTH_HALF = 256, 0.57
-"""Tokens from which a tile is bound by multiplying, and the share of it that must be rows for it to beat one of half
-the size: at 128 rows a tile of 256 takes 1.8 times as long, at 256 rows 0.91."""
+"""Of fp8_block: tokens from which a tile is bound by multiplying, and the share of it that must be rows for it to beat
+one of half the size: at 128 rows a tile of 256 takes 1.8 times as long, at 256 rows 0.91."""
 
 
-DECODING, MULTIPLYING = 70.0, 1.63
-"""Time of a tile of t tokens by 128 packed weights, in no unit: the larger of DECODING + t, what decoding its weights and
-multiplying side by side take, and MULTIPLYING * t. Within 15 % of what tiles of 16 to 256 take on an H200."""
+def packed_tile_time(tokens: int) -> float:
+    """Of a tile of packed weights by that many tokens, in no unit: bound by decoding up to 64, then by multiplying.
+
+    Within 15 % of what tiles of 16 to 256 take on an H200.
+    """
+    return max(70.0 + tokens, 14.0 + 1.53 * tokens)
 
 
 def default_variant(
@@ -27,7 +30,7 @@ def default_variant(
 ) -> KernelVariant:
     """Of the variants that can run a GEMM of a call with num_rows rows, the one to run without having measured.
 
-    The least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and in
+    Of fp8_block: the least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and in
     gemm2 the twin that combines: at the median it takes 8 % less than its plain kernel and the sum after it. Kernels
     that gather win 2 % where rows are few and lose up to 60 % where some experts get many: those are for the tuner.
 
@@ -63,10 +66,10 @@ def default_variant(
 
 
 def _default_of_packed(able: Sequence[KernelVariant], gemm: Gemm, mean: float) -> KernelVariant:
-    """The tile of which an expert's rows take the least time. Of a gated activation gemm1 has only kernels that activate,
-    and gemm2 combines."""
+    """The tile by which an expert's rows take the least time. A gated gemm1 has only kernels that activate, which of
+    another activation are none; gemm2 combines."""
     suited = [variant for variant in able if not variant.combines or gemm == "gemm2"]
-    variant = min(suited, key=lambda v: max(DECODING + v.token_tile, MULTIPLYING * v.token_tile) * _tiles(mean, v.token_tile))
+    variant = min(suited, key=lambda v: packed_tile_time(v.token_tile) * _tiles(mean, v.token_tile))
     return twin(variant, able, "", "combine") if gemm == "gemm2" else variant
 
 
