@@ -79,7 +79,8 @@ def direct(tile: tuple[int, int], why: str, **options: Any) -> Entry:
 def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> tuple[Entry, Entry, Entry]:
     """A tile's kernels: one that leaves rows, its twin that adds them up, and gate_up's, which activates."""
     plain = entry("sm_90a", format, (128, tokens, k), PLAIN_COOPERATIVE, why, swap_ab=True, family="mixed")
-    fused = dataclasses.replace(plain, variant=dataclasses.replace(plain.variant, ends="swiglu"), why="gate_up, activated")
+    activates = dataclasses.replace(plain.variant, ends="swiglu")
+    fused = dataclasses.replace(plain, variant=activates, why="gate_up of a gated activation, applied in place")
     return (*with_combine(plain, "the same, added up as gemm2"), fused)
 
 

@@ -26,8 +26,8 @@ def reference_layer(
 
     quantise: round rows and activations through the format's encoding of tokens, and the GEMMs' results to bf16, where
     the kernels do, so that what is left is the kernels' own error. gate_up's are not rounded, as kernels that activate
-    in place do not; those of fp8_block that leave rows do, which moves some values to a neighbour. False gives the layer on unrounded activations, and
-    so what the format costs.
+    in place do not; those of fp8_block that leave rows do, which moves some values to a neighbour. False gives the
+    layer on unrounded activations, and so what the format costs.
     """
     config, operands = problem.config, weights.operands
     encodings = config.number_format

@@ -1,6 +1,7 @@
 """The layer written a second time, from the definitions alone: numpy and float64, plain loops and sorts.
 
-Shares no code with moe_runtime. `quantised` rounds where the executors round, e4m3 rows and activations, so that what is left is the executors' own error; without it, the difference is what the format costs.
+Shares no code with moe_runtime. `quantised` rounds where the executors round, e4m3 rows and activations, so that what
+is left is the executors' own error; without it, the difference is what the format costs.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ def default_variant(
 ) -> KernelVariant:
     """Of the variants that can run a GEMM of a call with num_rows rows, the one to run without having measured.
 
-    Of fp8_block: the least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that pays, and in
+    Of fp8_block: the least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that
+    pays, and in
     gemm2 the twin that combines: at the median it takes 8 % less than its plain kernel and the sum after it. Kernels
     that gather win 2 % where rows are few and lose up to 60 % where some experts get many: those are for the tuner.
 
