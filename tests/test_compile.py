@@ -167,7 +167,7 @@ def test_library_manifest_tells_stages_and_shared_memory(sm90):
         assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
     # The larger the tile, the fewer stages of it fit: 256x16 and 128x128, against 128x16.
     assert collective.stages > swapped.stages > unswapped.stages >= 3
-    assert all(kernel.stages >= 4 for kernel in mixed) and len(mixed) == 2
+    assert [kernel.stages for kernel in mixed] == [4, 3]  # the latter's shared memory is half an SM's: two run there
     recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
     assert recorded["library"] == sm90.library.name
 

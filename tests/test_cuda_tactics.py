@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def executor(variants: dict[str, KernelVariant], most_experts: int = 1024) -> Cu
     return made
 
 
-def problem(hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8", **options: str) -> MoEProblem:
+def problem(hidden: int = 7168, intermediate: int = 2048, parallel: str = "dep8", **options: Any) -> MoEProblem:
     return MoEProblem(MoEConfig("test", hidden, intermediate, 256, 8, **options), Parallel.parse(parallel))
 
 

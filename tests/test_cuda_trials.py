@@ -225,7 +225,8 @@ def test_a_factor_left_out_shows(format: str, factor: str) -> None:
     if given is None:
         assert factor == "activation_multiplier" and not made._formats.tokens.has_tensor_scale
         return
-    made._operands = made._operands._replace(**{factor: False if factor == "gate_first" else None})
+    changed: dict[str, Any] = {factor: False if factor == "gate_first" else None}
+    made._operands = made._operands._replace(**changed)
     _, other = made.reference()
     assert made.error(fused_kernel(format), through(made, other), expected) > 0.02
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -78,6 +79,24 @@ def origins(token: Tensor, weight: Tensor) -> Tensor:
     return torch.stack([token.int(), weight.float().view(torch.int32)], 1).contiguous()
 
 
+@dataclass(frozen=True)
+class Activation:
+    """Of a variant that fuses SwiGLU. encoding: MoeTokens that the activations are rounded through. clamp_limit: 0 is
+    none. alpha, beta, clamp, multiplier: f32 [L]."""
+
+    encoding: int
+    gate_first: bool = True
+    clamp_limit: float = 0.0
+    alpha: Tensor | None = None
+    beta: Tensor | None = None
+    clamp: Tensor | None = None
+    multiplier: Tensor | None = None
+
+
+def address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
 def prepare(
     tokens: Tensor,
     packed: Tensor,
@@ -86,23 +105,29 @@ def prepare(
     scale: Tensor | None = None,
     bias: Tensor | None = None,
     row_origins: Tensor | None = None,
+    activation: Activation | None = None,
 ) -> MoeGroupedGemm:
     """Of a mixed variant: tokens bf16 [rows, k], packed weights, offsets int32 [L + 1], output bf16 [rows or more, n],
-    scale f32 [L], bias f32 [L, n]; row_origins of `origins`, where the variant combines. Holds addresses only. The
-    stream is the current one."""
+    scale f32 [L], bias f32 [L, n]; row_origins of `origins`, where the variant combines; activation where it fuses
+    SwiGLU, whose output is [rows or more, n/2]. Holds addresses only. The stream is the current one."""
     operands = MoeGemmOperands(
         tokens=tokens.data_ptr(),
         weights=packed.data_ptr(),
-        weight_scales=None if scale is None else scale.data_ptr(),
+        weight_scales=address(scale),
         expert_offsets=expert_offsets.data_ptr(),
         output=output.data_ptr(),
         max_rows=tokens.shape[0],
-        bias=None if bias is None else bias.data_ptr(),
-        row_origins=None if row_origins is None else row_origins.data_ptr(),
+        bias=address(bias),
+        row_origins=address(row_origins),
     )
+    if activation is not None:
+        operands.encoding, operands.gate_first = activation.encoding, activation.gate_first
+        operands.clamp_limit, operands.clamp = activation.clamp_limit, address(activation.clamp)
+        operands.alpha, operands.beta = address(activation.alpha), address(activation.beta)
+        operands.activation_multiplier = address(activation.multiplier)
     return MoeGroupedGemm(
         num_groups=len(expert_offsets) - 1,
-        n=output.shape[1],
+        n=output.shape[1] * (1 if activation is None else 2),
         k=tokens.shape[1],
         sm_count=torch.cuda.get_device_properties(tokens.device).multi_processor_count,
         operands=operands,

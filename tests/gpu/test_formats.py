@@ -163,9 +163,10 @@ def test_quantised_tokens_give_the_same_layer(format: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [8, 200])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("format", PACKED)
-def test_every_kernel_of_the_format(format: str, tokens: int) -> None:
-    problem, executor = make_problem(format), support.executor()
+def test_every_kernel_of_the_format(format: str, activation: str, tokens: int) -> None:
+    problem, executor = make_problem(format, activation=activation), support.executor()
     weights, x = make_weights(problem), rows(problem, tokens)
     ids = make_workload(problem.config, problem.parallel, tokens, "random", 0).topk_ids.cuda()
     topk_weights = torch.rand(ids.shape, device="cuda")
@@ -173,6 +174,7 @@ def test_every_kernel_of_the_format(format: str, tokens: int) -> None:
     inputs = support.LayerInputs(x, topk_ids=ids, topk_weights=topk_weights)
     firsts, seconds = (able_tactics(executor, problem, gemm) for gemm in GEMMS)
     assert len(seconds) > len(firsts) >= 6  # some of them combine
+    assert {executor.variants[name].swiglu for name in firsts} == {activation == "swiglu"}
     for place, second in enumerate(seconds):
         output = torch.full_like(x, torch.nan)
         pair = (firsts[place % len(firsts)], second)
@@ -180,10 +182,11 @@ def test_every_kernel_of_the_format(format: str, tokens: int) -> None:
         assert relative_error(output, want) <= BOUND[format], pair
 
 
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("format", PACKED)
-def test_trials(format: str, gemm: Gemm) -> None:
-    problem, executor = make_problem(format), support.executor()
+def test_trials(format: str, gemm: Gemm, activation: str) -> None:
+    problem, executor = make_problem(format, activation=activation), support.executor()
     trial = executor.gemm_trial(problem, make_weights(problem), support.ragged_workload(problem), gemm, 0)
     index, expected = trial.reference()
     tactics = able_tactics(executor, problem, gemm)
