@@ -7,6 +7,7 @@
 from .checkpoints import load_experts
 from .config import MoEConfig, RoutingMethod
 from .errors import InvalidArgument, KernelError, MoEError, PlanRefused, RankError, Unsupported
+from .graphs import GraphedMoE
 from .layer import FusedMoE, fused_moe
 from .parallel import Parallel
 from .parallel.layer import ParallelMoE
@@ -17,6 +18,7 @@ from .weights import FP8BlockWeights, PackedWeights
 __all__ = [
     "FP8BlockWeights",
     "FusedMoE",
+    "GraphedMoE",
     "InvalidArgument",
     "KernelError",
     "MoEConfig",

@@ -89,6 +89,11 @@ class FusedMoE:
         inputs = LayerInputs(x, hidden_states_scale, router_logits, routing_bias, topk_ids, topk_weights)
         return self._calls.run(self._weights, inputs, output, workspace)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the weights, on which calls run."""
+        return self._weights.device
+
     def workspace_bytes(self, num_tokens: int) -> int:
         """Bytes of workspace that a call with num_tokens tokens needs, at a 256-byte aligned address."""
         return self.executor.workspace_bytes(self.problem, num_tokens)
