@@ -7,7 +7,7 @@ python := .venv/bin/python
 # Threads that wait by spinning take the cores from those that work wherever other programs run too: 30 times slower.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint build catalogue clean
+.PHONY: demo test lint build catalogue docs clean
 
 demo: .venv/ready
 	$(python) -m moe_runtime.demo
@@ -26,6 +26,10 @@ build: .venv/ready
 
 catalogue: .venv/ready
 	$(python) -m codegen emit
+
+# The site in out/site.
+docs: .venv/ready
+	$(python) -m mkdocs build --strict
 
 clean:
 	rm -rf out build dist generated/sm_* generated/manifest.json .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -27,7 +27,7 @@ GEMM_ROWS = ("1", "16", "64", "128", "256", "1024")
 
 
 def tables() -> str:
-    environment = _load("gemm")["environment"]
+    environment = load("gemm")["environment"]
     machine = f"One {environment['gpu']}, driver {environment['driver']}, CUDA {environment['cuda']}"
     lines = [
         f"{machine}, torch {environment['torch']}; median microseconds of",
@@ -37,23 +37,23 @@ def tables() -> str:
         "| tokens per rank | " + " | ".join(f"{name}: us (vLLM)" for name in LAYERS.values()) + " |",
         "|---|" + "---|" * len(LAYERS),
     ]
-    layers = [_load(f"layer-{key}")["results"] for key in LAYERS]
+    layers = [load(f"layer-{key}")["results"] for key in LAYERS]
     for tokens in sorted({int(n) for layer in layers for n in layer}):
         lines.append(f"| {tokens} | " + " | ".join(_layer_cell(layer.get(str(tokens))) for layer in layers) + " |")
     units = "TB/s of weights up to 64 rows, TFLOP/s above."
     lines += ["", f"The fastest grouped GEMM by rows per expert{_older('gemm')}: {units}", ""]
-    gemms = _load("gemm")["results"]
+    gemms = load("gemm")["results"]
     lines += ["| GEMM | " + " | ".join(GEMM_ROWS) + " |", "|---|" + "---|" * len(GEMM_ROWS)]
     for name, gemm in gemms.items():
         cells = (_gemm_cell(rows, gemm["by_rows_per_expert"][rows]) for rows in GEMM_ROWS)
         lines.append(f"| {name} ({gemm['groups']} x {gemm['N']} x {gemm['K']}) | " + " | ".join(cells) + " |")
     lines += ["", *_format_tables(), "", *_regime_table()]
-    roofs = _load("gemm")["roofs"]
+    roofs = load("gemm")["roofs"]
     lines += [
         "",
         f"Roofs in the same run: {roofs['read_TBps']} TB/s read, {roofs['copy_TBps']:.2f} TB/s copied, "
         f"{roofs['cublas_fp8_TFLOPS']:.0f} TFLOP/s for cuBLAS' dense FP8.",
-        f"The host spends {_load('host_overhead')['us'][WHOLE_CALL]:.0f} us on one eager call.",
+        f"The host spends {load('host_overhead')['us'][WHOLE_CALL]:.0f} us on one eager call.",
         "Raw numbers, with every variant's time: `benchmarks/results/h200/`.",
     ]
     return "\n".join(lines)
@@ -61,7 +61,7 @@ def tables() -> str:
 
 def _format_tables() -> list[str]:
     """Microseconds of a layer in each format, by tokens per rank."""
-    results = _load("formats")
+    results = load("formats")
     rates = results["dense_tflops"]
     lines = [
         "A layer in each format by tokens per rank, us, with the fastest tactics, timed without rests. cuBLAS' dense",
@@ -80,7 +80,7 @@ def _format_tables() -> list[str]:
 
 def _regime_table() -> list[str]:
     """What a plan of the other layout costs, in the form of tokens, before, after, delta."""
-    tuner, (model, comparison) = _load("tuner-qwen3-235b"), REGIME
+    tuner, (model, comparison) = load("tuner-qwen3-235b"), REGIME
     case = tuner["cases"]["qwen3-235b:dep2"]
     points = [point for point in tuner["cross"][model][comparison] if 64 <= point["tokens"] <= 1024]
     regret, default, best = case["regret"], case["default"], max(point["gain"] for point in case["points"])
@@ -109,14 +109,14 @@ def with_tables(readme: str) -> str:
     return f"{before}{BEGIN}\n{tables()}\n{END}{after}"
 
 
-def _load(name: str) -> dict[str, Any]:
+def load(name: str) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
     return result
 
 
 def _older(name: str) -> str:
     """What to say of results that come from another commit than the layers."""
-    commits = [_load(each)["environment"]["commit"] for each in (name, f"layer-{next(iter(LAYERS))}")]
+    commits = [load(each)["environment"]["commit"] for each in (name, f"layer-{next(iter(LAYERS))}")]
     return "" if commits[0] == commits[1] else f" (by the kernels of commit {commits[0]})"
 
 
