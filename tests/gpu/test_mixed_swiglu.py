@@ -16,8 +16,8 @@ from tests.gpu.test_mixed_gemm import CANNOT_IMPLEMENT, ENCODINGS, GUARD, MIXED,
 
 VARIANTS = {name: variant for name, variant in MIXED.items() if variant.swiglu}
 STORED_AS_BF16 = [Tokens.BF16, Tokens.FP8, Tokens.MXFP8, Tokens.NVFP4]
-# Products differ from float64 by some 1e-5 of their size, which moves a value that lies by so much from the middle of
-# two codes to the other one: allowed is what a value that is off by SLACK becomes.
+# Products added in another order move a value that lies beside the middle of two codes to the other one: allowed is
+# what a value that is off by SLACK of its size becomes.
 SLACK = 2.0**-9
 BEYOND = 1e-3  # of the norm
 SAME_CODES = 0.9  # of the values: a rounding that is not to the nearest moves half of them
