@@ -47,7 +47,7 @@ def tables() -> str:
     for name, gemm in gemms.items():
         cells = (_gemm_cell(rows, gemm["by_rows_per_expert"][rows]) for rows in GEMM_ROWS)
         lines.append(f"| {name} ({gemm['groups']} x {gemm['N']} x {gemm['K']}) | " + " | ".join(cells) + " |")
-    lines += ["", *_format_tables(), "", *_regime_table()]
+    lines += ["", *_format_tables(), "", *_peer_tables(), "", *_model_table(), "", *_regime_table()]
     roofs = load("gemm")["roofs"]
     lines += [
         "",
@@ -75,6 +75,44 @@ def _format_tables() -> list[str]:
         for format in dict.fromkeys(point["format"] for point in points):
             us = {point["tokens"]: point["us"] for point in points if point["format"] == format}
             lines.append(f"| `{format}` | " + " | ".join(f"{us[count]:.0f}" for count in tokens) + " |")
+    return lines
+
+
+def _peer_tables() -> list[str]:
+    """Layers with MXFP4 weights beside other libraries'."""
+    results = load("formats_peers")
+    arms = {"bf16_mxfp4": "ours", "triton-kernels": "triton_kernels", "marlin": "Marlin"}
+    lines = [
+        "A layer with MXFP4 weights and bf16 tokens beside triton_kernels and Marlin, both of vLLM 0.33, in turns, us;",
+        f"all activate as gpt-oss does, which triton_kernels fuses{_older('formats_peers')}.",
+    ]
+    for case, title in FORMAT_CASES.items():
+        points = [point for point in results["points"] if point["case"] == case]
+        lines += ["", f"| {title} | " + " | ".join(str(point["tokens"]) for point in points) + " |"]
+        lines.append("|---|" + "---|" * len(points))
+        for arm, name in arms.items():
+            us = (point["us"].get(arm) for point in points)
+            lines.append(f"| {name} | " + " | ".join("" if each is None else f"{each:.0f}" for each in us) + " |")
+    return lines
+
+
+def _model_table() -> list[str]:
+    """Tokens per second of a transformers model."""
+    results = load("transformers")
+    version, layers = results["environment"]["transformers"], results["layers"]
+    columns = {f"decode {batch}": runs["graph"] for batch, runs in results["decode"].items()}
+    columns |= {f"prefill {count}": runs["eager"] for count, runs in results["prefill"].items()}
+    arms = dict.fromkeys(arm for column in columns.values() for arm in column)
+    lines = [
+        f"{layers} layers of Qwen3-30B-A3B in transformers {version}, thousands of tokens/s by",
+        "`experts_implementation`: decode of so many sequences from a CUDA graph, prefill as called.",
+        "",
+        "| experts | " + " | ".join(columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for arm in arms:
+        rates = (column.get(arm, {}).get("tokens_per_s") for column in columns.values())
+        lines.append(f"| {arm} | " + " | ".join("" if rate is None else f"{rate / 1000:.1f}" for rate in rates) + " |")
     return lines
 
 
@@ -115,9 +153,9 @@ def load(name: str) -> dict[str, Any]:
 
 
 def _older(name: str) -> str:
-    """What to say of results that come from another commit than the layers."""
-    commits = [load(each)["environment"]["commit"] for each in (name, f"layer-{next(iter(LAYERS))}")]
-    return "" if commits[0] == commits[1] else f" (by the kernels of commit {commits[0]})"
+    """What to say of results of another library of kernels than the layers'."""
+    mine, layers = (load(each)["environment"] for each in (name, f"layer-{next(iter(LAYERS))}"))
+    return "" if mine["library_hash"] == layers["library_hash"] else f" (by the kernels of commit {mine['commit']})"
 
 
 def _layer_cell(point: dict[str, Any] | None) -> str:
