@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -177,3 +178,7 @@ def _make_groups(parallel: Parallel, group: dist.ProcessGroup, timeout_seconds: 
         make(range(parallel.tp_rank, size * tp_size, tp_size), "'s shards"),
         make(range(first, first + tp_size), "'s slices"),
     )
+
+
+# A group of gloo that is let go only as the interpreter ends takes its threads' end for a crash, and aborts.
+atexit.register(_make_groups.cache_clear)
