@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ from moe_runtime import FP8BlockWeights, MoEConfig, Parallel
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, TacticPair, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
+from moe_runtime.files import replacing
 from moe_runtime.roofs import ROOFS
 from moe_runtime.tuning.cost import predict
 from moe_runtime.tuning.profiler import Trial
@@ -238,6 +238,5 @@ def write_json(path: Path | None, payload: dict[str, Any]) -> None:
     """At once: whoever is stopped in the middle leaves the file as it was before."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        unfinished.write_text(json.dumps(payload, indent=1) + "\n")
-        os.replace(unfinished, path)
+        with replacing(path) as unfinished:
+            unfinished.write_text(json.dumps(payload, indent=1) + "\n")

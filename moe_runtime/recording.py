@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 
 from .config import MoEConfig
 from .errors import InvalidArgument
+from .files import replacing
 from .routing import route
 
 ROUTERS = r"(.*\.)?(gate|router)"
@@ -60,14 +60,10 @@ class Recording:
         if histogram:
             experts = self.config.num_experts
             tensors = {name: ids.flatten().bincount(minlength=experts) for name, ids in tensors.items()}
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(target) as temporary:
                 save_file(tensors, temporary)
-                os.replace(temporary, target)
-            finally:
-                temporary.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise InvalidArgument("output", target, "a file in a folder that can be written", f"({error})") from error
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import InvalidArgument, Unsupported
+from ..files import replacing
 from ..tuning import Plan
 
 __all__ = ["write_page", "write_png"]
@@ -23,14 +23,10 @@ def write_page(plans: Sequence[Plan], path: str | os.PathLike[str]) -> None:
     from .page import render
 
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     text = render(plans)
     try:
-        try:
+        with replacing(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         accepted = "a file in a folder that exists and can be written"
         raise InvalidArgument("output", target, accepted, f"({error.strerror})") from error
