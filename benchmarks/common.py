@@ -21,6 +21,7 @@ from moe_runtime.executors.base import GEMMS, Executor, Gemm, MoEProblem, Tactic
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.files import replacing
 from moe_runtime.roofs import ROOFS
+from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey
 from moe_runtime.tuning.cost import predict
 from moe_runtime.tuning.profiler import Trial
 from moe_runtime.workload import Workload
@@ -232,6 +233,21 @@ def _output(*command: str) -> str:
 def reference_points() -> dict[str, Any]:
     points: dict[str, Any] = json.loads(REFERENCE_POINTS.read_text())
     return points
+
+
+def pinned(problem: MoEProblem, executor: Executor, pair: TacticPair) -> Plan:
+    """A plan that runs every call with one pair of tactics."""
+    gemm1, gemm2 = (GemmChoice(tactic=tactic, default_tactic=tactic) for tactic in pair)
+    return Plan(
+        key=PlanKey.of(problem, "random", 1, executor.device_name, executor.library_hash),
+        seed=0,
+        samples=1,
+        margin=0.01,
+        confidence=0.95,
+        complete=True,
+        buckets=(1,),
+        entries=(PlanEntry(bucket=1, rows=1, gemm1=gemm1, gemm2=gemm2),),
+    )
 
 
 def write_json(path: Path | None, payload: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -148,6 +148,43 @@ def crossed() -> str:
     return "\n\n".join(parts)
 
 
+def ranks() -> str:
+    """Layers over two GPUs, in microseconds of the slower one."""
+    parts = []
+    for path in sorted(RESULTS.glob("ranks-*.json")):
+        found = load(path.stem)
+        rows = (_ranks_row(tokens, point) for tokens, point in found["results"].items())
+        headings = (
+            f"{found['model']}, {found['parallel']}: tokens per rank",
+            "error",
+            "dispatch, experts, combine",
+            "fixed size",
+            "in 2 chunks (overlap saves)",
+            "dispatch GB/s (of NCCL's)",
+            "combine GB/s (of NCCL's)",
+        )
+        parts.append(table(headings, rows))
+    return "\n\n".join(parts)
+
+
+def _ranks_row(tokens: str, point: Mapping[str, Any]) -> tuple[str, ...]:
+    errors, exchange, chunks = point["errors"], point["exchange"], point["chunks"].get("2")
+    speeds = ("", "")
+    if exchange is not None:
+        speeds = (
+            f"{exchange['GBps']['exchange']:.3g} ({exchange['of_nccl']:.2f})",
+            f"{exchange['GBps']['back']:.3g} ({exchange['back_of_nccl']:.2f})",
+        )
+    return (
+        tokens,
+        f"{max(error for name, error in errors.items() if name != 'own'):.1e}",
+        ", ".join(f"{us:.0f}" for us in point["us"].values()),
+        f"{point['fixed_us']:.0f}",
+        "" if chunks is None else f"{chunks['overlapped']:.0f} ({chunks['gained']:.0%})",
+        *speeds,
+    )
+
+
 def host() -> str:
     return table(("one eager call", "us"), ((what, f"{us:.1f}") for what, us in load("host_overhead")["us"].items()))
 
@@ -185,6 +222,7 @@ SECTIONS: Mapping[str, Callable[[], str]] = {
     "roofs": roofs,
     "tuner": tuner,
     "crossed": crossed,
+    "ranks": ranks,
     "host": host,
     "peers": peers,
     "provenance": provenance,

@@ -15,7 +15,6 @@ import typer
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-REGIME = ("qwen3-235b", "dep2, with the plan of ep2 and its own")
 LAYERS = {"deepseek-r1-dep8": "DeepSeek-R1, dep8", "qwen3-235b-dep2": "Qwen3-235B-A22B, dep2"}
 FORMAT_CASES = {
     "qwen3-235b:dep2": "Qwen3-235B-A22B, dep2",
@@ -117,20 +116,23 @@ def _model_table() -> list[str]:
 
 
 def _regime_table() -> list[str]:
-    """What a plan of the other layout costs, in the form of tokens, before, after, delta."""
-    tuner, (model, comparison) = load("tuner-qwen3-235b"), REGIME
-    case = tuner["cases"]["qwen3-235b:dep2"]
-    points = [point for point in tuner["cross"][model][comparison] if 64 <= point["tokens"] <= 1024]
+    """What a plan of the other layout costs, in the form of tokens, before, after, delta; and how good a plan is."""
+    headline, case = load("headline"), load("tuner-qwen3-235b")["cases"]["qwen3-235b:dep2"]
     regret, default, best = case["regret"], case["default"], max(point["gain"] for point in case["points"])
-    return [
-        "Why a plan belongs to a layout: Qwen3-235B-A22B under dep2, random routing, a whole layer with the plan tuned",
-        f"for ep2 and with its own{_older('tuner-qwen3-235b')}.",
+    wrong, right = (headline["tuned_for"][arm] for arm in ("wrong", "right"))
+    lines = [
+        f"Why a plan belongs to a layout: {headline['layers']} MoE layers of Qwen3-235B-A22B, with the projections of",
+        f"its attention, on {headline['environment']['ranks']} GPUs under {right}{_older('headline')}.",
+        f"Tokens/s of each GPU with the plan tuned for {wrong} and with that tuned for {right}:",
         "",
-        "| tokens per rank | " + " | ".join(str(point["tokens"]) for point in points) + " |",
-        "|---|" + "---|" * len(points),
-        "| plan of ep2: us | " + " | ".join(f"{point['us'][0]:.0f}" for point in points) + " |",
-        "| plan of dep2: us | " + " | ".join(f"{point['us'][1]:.0f}" for point in points) + " |",
-        "| more tokens/s | " + " | ".join(f"{point['delta']:+.1%}" for point in points) + " |",
+        f"| tokens per rank | plan of {wrong} | plan of {right} | gain |",
+        "|---|---|---|---|",
+    ]
+    for tokens, point in headline["results"].items():
+        before, after = (point["tokens_per_second_per_gpu"][arm] for arm in ("wrong", "right"))
+        lines.append(f"| {tokens} | {before:,.0f} | {after:,.0f} | {point['gain']:+.1%} |")
+    return [
+        *lines,
         "",
         f"Tuning took {case['tune_seconds']:.0f} s for {len(case['buckets'])} buckets. Measured anew on other seeds,",
         f"the plan's GEMMs lose {regret['mean']:.1%} on average and {regret['worst']:.1%} at worst to the best of all",

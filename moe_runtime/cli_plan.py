@@ -161,7 +161,8 @@ def _list(folder: Path, as_json: bool) -> None:
         listed = [{"path": str(path), "key": plan.key, "complete": plan.complete} for path, plan in read.items()]
         _print_json(listed + [{"path": str(path), "refused": reason} for path, reason in refused.items()])
         return
-    _say(f"{len(paths) or 'no'} plans in {folder} ({machine.PLAN_FOLDER_VARIABLE} names another folder)")
+    count = "1 plan" if len(paths) == 1 else f"{len(paths) or 'no'} plans"
+    _say(f"{count} in {folder} ({machine.PLAN_FOLDER_VARIABLE} names another folder)")
     if read:
         table = _table("file", "layer", "workload", "device", "tuned")
         for path, plan in read.items():

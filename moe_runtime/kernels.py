@@ -17,7 +17,7 @@ from pathlib import Path
 from .errors import Unsupported
 from .formats import Weights
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -65,6 +65,37 @@ class VariantRecord(Structure):
     ]
 
 
+class MoeMessages(Structure):
+    """Where GATHER writes rows that leave this GPU; named as in the header, which a test compares."""
+
+    _fields_ = [
+        ("rows", c_void_p),
+        ("pitch", c_int64),
+        ("slots", c_int32),
+        ("experts_per_rank", c_int32),
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("notice", c_void_p),
+        ("later", c_int64),
+    ]
+
+
+class MoeUnpack(Structure):
+    """Ids and weights of messages that came; named as in the header."""
+
+    _fields_ = [
+        ("messages", c_void_p),
+        ("pitch", c_int64),
+        ("offset", c_int64),
+        ("num_rows", c_int32),
+        ("num_came", c_int32),
+        ("slots", c_int32),
+        ("ids", c_void_p),
+        ("weights", c_void_p),
+        ("stream", c_void_p),
+    ]
+
+
 class LayerArguments(Structure):
     """MoeLayer."""
 
@@ -94,6 +125,7 @@ class LayerArguments(Structure):
         ("routing_logits_dtype", c_int32),
         ("routing_bias_dtype", c_int32),
         ("sm_count", c_int32),
+        ("hidden_states_stride", c_int64),
         ("scale_token_stride", c_int64),
         ("scale_block_stride", c_int64),
         ("workspace_bytes", c_int64),
@@ -102,6 +134,7 @@ class LayerArguments(Structure):
         ("topk_ids", c_void_p),
         ("topk_weights", c_void_p),
         ("hidden_states", c_void_p),
+        ("messages", MoeMessages),
         ("hidden_states_scale", c_void_p),
         ("gemm1_weights", c_void_p),
         ("gemm1_weights_scale", c_void_p),
@@ -206,6 +239,9 @@ class KernelLibrary:
         self.layer.restype = c_int32
         # Takes the struct itself, whose address ctypes passes on: with byref() the call would take twice as long.
         self.layer.argtypes = [POINTER(LayerArguments)]
+        self.unpack = handle.moe_unpack
+        self.unpack.restype = c_int32
+        self.unpack.argtypes = [POINTER(MoeUnpack)]
         self._workspace = handle.moe_layer_workspace
         self._workspace.argtypes = [POINTER(LayerArguments), POINTER(WorkspaceLayout)]
         self._handle = handle

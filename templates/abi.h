@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 5
+#define MOE_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -119,6 +119,32 @@ typedef struct MoeVariant {
   int32_t combines;// 1: GEMM2 only, adds weighted rows to `output`, bf16 [T, n] of zeros, in no fixed order
 } MoeVariant;
 
+// For rows that leave this GPU: a layer whose experts are the ranks, of which a token may reach all, so top_k of them.
+// PERMUTE then finds out itself whom each token reaches, and GATHER writes here in place of the workspace: one message a
+// row, so that one exchange moves all of it. A message is the row's values, its fp32 scales if it has any, and what its
+// token brought: its ids, and as many weights. No GEMM runs in such a call.
+typedef struct MoeMessages {
+  void* rows;        // [T*top_k, pitch] bytes, of permuted rows; null: none
+  int64_t pitch;     // a multiple of 16
+  int32_t slots;     // of a token
+  int32_t experts_per_rank; // 0: all tokens go to all ranks
+  int32_t const* ids;    // [T, slots]
+  float const* weights;  // [T, slots]
+  int64_t* notice;   // [top_k, 3], what each rank is told: its rows, T, later; null: none
+  int64_t later;     // tokens that are still to come
+} MoeMessages;
+
+// Ids and weights of messages that came.
+typedef struct MoeUnpack {
+  void const* messages;
+  int64_t pitch, offset; // of messages, and in them; bytes
+  int32_t num_rows, num_came; // those from num_came on are absent: ids of -1
+  int32_t slots;
+  int32_t* ids;      // [num_rows, slots]
+  float* weights;    // [num_rows, slots]
+  void* stream;
+} MoeUnpack;
+
 typedef struct MoeLayer {
   int32_t num_tokens, hidden_size, intermediate_size, num_experts, top_k;
   int32_t local_expert_offset, num_local_experts;
@@ -135,6 +161,7 @@ typedef struct MoeLayer {
   float input_scale_inverse;   // bf16 hidden_states are multiplied by it before they are encoded; 1 for fp8_block
   int32_t routing_logits_dtype, routing_bias_dtype; // bf16 or f32
   int32_t sm_count;
+  int64_t hidden_states_stride; // of a token, in values; H except of bf16 and fp8_block
   int64_t scale_token_stride, scale_block_stride; // of fp8_block's hidden_states_scale, in floats
   int64_t workspace_bytes;
   void const* routing_logits;  // [T, E], of the E experts that are not shared
@@ -142,6 +169,7 @@ typedef struct MoeLayer {
   int32_t* topk_ids;           // [T, top_k]; written by ROUTE, read by PERMUTE; null: in the workspace
   float* topk_weights;         // [T, top_k]; written by ROUTE, read by COMBINE, under Llama4 by GATHER; null: in the workspace
   void const* hidden_states;   // [T, H], of e2m1 [T, H/2] bytes
+  MoeMessages messages;
   void const* hidden_states_scale; // of quantised ones: f32, see the strides; mxfp8 ue8m0 [T, H/32]; nvfp4 e4m3 [T, H/16]; else null
   void const* gemm1_weights;   // e4m3 [L, N, H] with N = 2I, of relu^2 I; or packed as the variant reads them
   float const* gemm1_weights_scale; // fp8_block: [L, 2I/128, H/128]; else null
@@ -185,6 +213,7 @@ int32_t moe_variant_count(void);
 MoeVariant const* moe_variant(int32_t index);
 int32_t moe_layer_workspace(MoeLayer const* layer, MoeWorkspace* workspace);
 int32_t moe_layer(MoeLayer const* layer);
+int32_t moe_unpack(MoeUnpack const* unpack);
 char const* moe_error_string(int32_t code);
 
 #ifdef __cplusplus

@@ -18,11 +18,15 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from benchmarks.common import pinned
 from moe_runtime.config import MoEConfig, RoutingMethod
+from moe_runtime.executors import get_executor
+from moe_runtime.executors.base import GEMMS, MoEProblem
 from moe_runtime.layer import FusedMoE
 from moe_runtime.parallel import Parallel, ParallelMoE
 from moe_runtime.parallel.dispatch import Arrived
 from moe_runtime.reference import relative_error
+from moe_runtime.tuning import Plan
 from moe_runtime.weights import ExpertWeights, FP8BlockWeights, PackedWeights
 
 HIDDEN, INTER, EXPERTS, TOP_K = 256, 512, 8, 3
@@ -89,8 +93,18 @@ class Case:
 
     def layer(self, rank: int, **settings: Any) -> ParallelMoE:
         parallel = Parallel.parse(self.layout, rank)
-        given = {"dispatch": self.dispatch, "max_num_tokens": self.max_num_tokens} | settings
+        given = {"dispatch": self.dispatch, "max_num_tokens": self.max_num_tokens, "plan": self.plan(parallel)}
+        given |= settings
         return ParallelMoE(config(self.format, self.method), parallel, share(self.format, parallel), **given)
+
+    def plan(self, parallel: Parallel) -> Plan | None:
+        """On a GPU the same kernels for a rank as for all experts on one: some round between gate_up and down."""
+        if _device == "cpu":
+            return None
+        made, executor = config(self.format, self.method), get_executor(_device)
+        whole = MoEProblem(made, Parallel.parse("ep1"))
+        gemm1, gemm2 = (executor.default_tactic(whole, gemm, 64) for gemm in GEMMS)
+        return pinned(MoEProblem(made, parallel), executor, (gemm1, gemm2))
 
     def call(self, layer: ParallelMoE) -> Tensor:
         x, logits = self.tokens(layer.problem.parallel)
@@ -141,7 +155,8 @@ def alone(case: Case, rank: int) -> NDArray[np.float32]:
     """What a single rank with all experts gives for that rank's tokens."""
     whole = Parallel.parse("ep1")
     x, logits = case.tokens(Parallel.parse(case.layout, rank))
-    layer = FusedMoE(config(case.format, case.method), whole, share(case.format, whole), deterministic=True)
+    weights, plan = share(case.format, whole), case.plan(whole)
+    layer = FusedMoE(config(case.format, case.method), whole, weights, plan, deterministic=True)
     output = layer(x, **case.ready(logits)) if case.ids else layer(x, logits)
     return output.float().cpu().numpy()
 

@@ -48,6 +48,8 @@ def mirrored(structure: type[ctypes.Structure]) -> list[tuple[str, object]]:
     ("name", "structure"),
     [
         ("MoeLayer", kernels.LayerArguments),
+        ("MoeMessages", kernels.MoeMessages),
+        ("MoeUnpack", kernels.MoeUnpack),
         ("MoeWorkspace", kernels.WorkspaceLayout),
         ("MoeVariant", kernels.VariantRecord),
         ("MoeVariant", LibraryVariant),

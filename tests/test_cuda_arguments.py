@@ -17,7 +17,16 @@ from moe_runtime.executors import cuda
 from moe_runtime.executors.base import LayerInputs, MoEProblem
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.formats.fp8_block import quantise_rows
-from moe_runtime.kernels import DTYPE_BF16, DTYPE_E4M3, DTYPE_F32, KernelVariant, LayerArguments, Stage, WorkspaceLayout
+from moe_runtime.kernels import (
+    DTYPE_BF16,
+    DTYPE_E4M3,
+    DTYPE_F32,
+    KernelVariant,
+    LayerArguments,
+    MoeMessages,
+    Stage,
+    WorkspaceLayout,
+)
 
 CONFIG = MoEConfig("deepseek", 256, 128, 8, 2, RoutingMethod.DeepSeekV3, 2, 1, 2.5)
 PROBLEM = MoEProblem(CONFIG, Parallel("ep", 1))
@@ -53,7 +62,10 @@ class NotingLibrary:
 
 
 def fields(args: LayerArguments) -> dict[str, int]:
-    return {name: getattr(args, name) or 0 for name, *_ in LayerArguments._fields_}
+    """Those of the messages under names of their own."""
+    layer = {name: getattr(args, name) or 0 for name, *_ in LayerArguments._fields_ if name != "messages"}
+    messages = {f"messages.{name}": getattr(args.messages, name) or 0 for name, *_ in MoeMessages._fields_}
+    return layer | messages
 
 
 def executor_of(library: NotingLibrary, monkeypatch: pytest.MonkeyPatch) -> CudaExecutor:
@@ -85,8 +97,9 @@ def test_arguments_of_calls_in_any_order(executor: CudaExecutor) -> None:
     logits, bias = torch.randn(3, 8), torch.randn(8).bfloat16()
     ids, topk_weights = torch.zeros(3, 2, dtype=torch.int32), torch.ones(3, 2)
     common = {
-        "num_tokens": 3, "hidden_size": 256, "intermediate_size": 128, "num_experts": 8, "top_k": 2,
-        "num_local_experts": 8, "routing_method": 2, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 2.5,
+        "num_tokens": 3, "hidden_size": 256, "hidden_states_stride": 256, "intermediate_size": 128, "num_experts": 8,
+        "top_k": 2, "num_local_experts": 8, "routing_method": 2, "n_group": 2, "topk_group": 1,
+        "routed_scaling_factor": 2.5,
         "gate_first": 1, "input_scale_inverse": 1.0, "sm_count": 132, "gemm1_variant": 1, "workspace_bytes": 4096,
         "gemm1_weights": WEIGHTS.gate_up.data_ptr(), "gemm1_weights_scale": WEIGHTS.gate_up_scale.data_ptr(),
         "gemm2_weights": WEIGHTS.down.data_ptr(), "gemm2_weights_scale": WEIGHTS.down_scale.data_ptr(),
@@ -100,7 +113,13 @@ def test_arguments_of_calls_in_any_order(executor: CudaExecutor) -> None:
         "hidden_states": values.data_ptr(), "hidden_states_dtype": DTYPE_E4M3, "hidden_states_scale": scale.data_ptr(),
         "scale_token_stride": scale.stride(0), "scale_block_stride": scale.stride(1),
     }  # fmt: skip
+    apart, codes_apart = torch.randn(3, 264).bfloat16()[:, :256], torch.zeros(3, 272).to(torch.float8_e4m3fn)[:, :256]
+    far, codes_far = (
+        {"hidden_states": each.data_ptr(), "hidden_states_stride": each.stride(0)} for each in (apart, codes_apart)
+    )
     calls = [
+        (LayerInputs(apart, None, logits, bias), bf16 | routed | biased | far),
+        (LayerInputs(codes_apart, scale, logits), quantised | routed | codes_far),
         (LayerInputs(rows, None, logits, bias), bf16 | routed | biased),
         (LayerInputs(values, scale, logits), quantised | routed),
         (LayerInputs(rows, None, None, None, ids, topk_weights), bf16 | ready),

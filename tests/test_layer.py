@@ -147,6 +147,16 @@ def test_quantised_tokens_give_the_same_layer(column_major: bool) -> None:
     assert torch.equal(layer(values, router_logits, hidden_states_scale=scale), layer(x, router_logits))
 
 
+@pytest.mark.parametrize("is_quantised", [False, True])
+def test_rows_that_lie_apart_give_the_same_layer(is_quantised: bool) -> None:
+    """As they do in the messages of an exchange, with their scales behind them."""
+    layer, x, router_logits = make_layer(RENORMALISE), tokens(RENORMALISE, 9), logits(RENORMALISE, 9)
+    values, scale = quantise_rows(x) if is_quantised else (x, None)
+    apart = torch.zeros(9, x.shape[1] + 16, dtype=torch.float32).to(values.dtype)[:, : x.shape[1]].copy_(values)
+    assert not apart.is_contiguous()
+    assert torch.equal(layer(apart, router_logits, hidden_states_scale=scale), layer(x, router_logits))
+
+
 def test_functional_form() -> None:
     x, router_logits = tokens(RENORMALISE, 9), logits(RENORMALISE, 9)
     parallel = Parallel("ep", 2, 1)
@@ -256,6 +266,9 @@ BAD_INPUTS: list[tuple[str, dict[str, Any]]] = [
     ("output", {"output": torch.empty(256, 4, dtype=torch.bfloat16).T}),
     ("hidden_states", {"x": X.to("meta")}),
     ("hidden_states", {"x": torch.zeros(4, 512, dtype=torch.bfloat16)[:, ::2]}),
+    ("hidden_states", {"x": torch.zeros(4, 260, dtype=torch.bfloat16)[:, :256]}),
+    ("hidden_states", {"x": torch.zeros(4, 264, dtype=torch.bfloat16)[:, 4:260]}),
+    ("hidden_states", {"x": X[:1].expand(4, 256)}),
     ("hidden_states", {"x": X[:, None]}),
     ("hidden_states_scale", {"x": quantise_rows(X)[0], "hidden_states_scale": torch.ones(4, 2, device="meta")}),
     ("routing_logits", {"router_logits": torch.zeros(4, 16)[:, ::2]}),

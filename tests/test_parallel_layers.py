@@ -315,15 +315,16 @@ def problem_and_groups(text: str) -> tuple[MoEProblem, RankGroups]:
 def test_the_choice_is_logged(text: str, name: str | None, logged: str, caplog: pytest.LogCaptureFixture) -> None:
     problem, groups = problem_and_groups(text)
     with caplog.at_level(logging.INFO, "moe_runtime.parallel"):
-        make_dispatcher(problem, groups, TorchPacking(SMALL), name)
+        make_dispatcher(problem, groups, TorchPacking(problem), name)
     assert [record.message.startswith(logged) for record in caplog.records] == [True]
 
 
 @pytest.mark.parametrize(("text", "name"), [("dep4", "allreduce"), ("ep4", "alltoall"), ("dep4", "deepest")])
 def test_a_dispatch_that_does_not_do(text: str, name: str) -> None:
     accepted = "alltoall or allgather under dep4" if text == "dep4" else "allreduce under ep4"
+    problem, groups = problem_and_groups(text)
     with pytest.raises(InvalidArgument, match=f"^dispatch: got '{name}'; accepted: {accepted}, or None"):
-        make_dispatcher(*problem_and_groups(text), TorchPacking(SMALL), name)
+        make_dispatcher(problem, groups, TorchPacking(problem), name)
 
 
 def test_bad_arguments_of_one_process() -> None:

@@ -37,7 +37,7 @@ over benchmarks/results/h200/grid.json, the mean alone made defaults 5.5 % slowe
 class QuantisedTokens(NamedTuple):
     """Tokens that come to a layer quantised: values [T, columns] of a dtype, or none that do where it is None.
 
-    scales: of hidden_states_scale [T, scales], None where tokens have none. contiguous: whether it must be.
+    scales: of hidden_states_scale [T, scales], None where tokens have none. contiguous: whether both must be.
     """
 
     dtype: torch.dtype | None
@@ -95,8 +95,8 @@ class MoEProblem:
 class LayerInputs(NamedTuple):
     """What one call of a layer reads. Either routing_logits, or topk_ids and topk_weights.
 
-    hidden_states: [T, H] bf16, contiguous, or quantised in the format's encoding of tokens: e4m3 [T, H], or packed e2m1
-        uint8 [T, H/2] for nvfp4.
+    hidden_states: [T, H] bf16, or quantised in the format's encoding of tokens: e4m3 [T, H], or packed e2m1 uint8
+        [T, H/2] for nvfp4. Contiguous, but rows of bf16 and of fp8_block may lie any multiple of 16 bytes apart.
     hidden_states_scale: of quantised tokens: f32 [T, H/128], any strides, for fp8_block; ue8m0 as uint8 [T, H/32] for
         mxfp8; e4m3 [T, H/16] for nvfp4; None for fp8, whose one scale is the weights' input_scale.
     routing_logits: [T, E] bf16 or f32, contiguous.
@@ -130,7 +130,7 @@ class LayerInputs(NamedTuple):
         if len(shape) != 2 or shape[1] != hidden:
             raise InvalidArgument("hidden_states", f"shape {list(shape)}", f"[num_tokens, {hidden}]")
         tokens = shape[0]
-        if not x.is_contiguous():
+        if not x.is_contiguous() and not (_has_aligned_rows(x) and not (quantised and accepted.contiguous)):
             raise not_contiguous("hidden_states", x)
         if x.device != device:
             raise InvalidArgument("hidden_states", f"a tensor on {x.device}", f"one on {device} like the weights")
@@ -154,6 +154,11 @@ class LayerInputs(NamedTuple):
         check_tensor("topk_ids", topk_ids, (tokens, config.top_k), (torch.int32,), device)
         check_tensor("topk_weights", topk_weights, (tokens, config.top_k), (torch.float32,), device)
         return tokens
+
+
+def _has_aligned_rows(x: Tensor) -> bool:
+    row, element = x.stride()
+    return element == 1 and row >= x.shape[1] and row * x.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _quantised_tokens(config: MoEConfig) -> QuantisedTokens:

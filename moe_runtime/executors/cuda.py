@@ -19,6 +19,7 @@ from ..kernels import (
     KernelLibrary,
     KernelVariant,
     LayerArguments,
+    MoeUnpack,
     Stage,
     WorkspaceLayout,
     load_library,
@@ -160,6 +161,8 @@ class CudaExecutor:
             self._template(problem, x.shape[0], tactics, operands.gate_first, operands.input_scale)
         )
         args.hidden_states = x.data_ptr()
+        if not x.is_contiguous():
+            args.hidden_states_stride = x.stride(0)
         if x.dtype is not torch.bfloat16:
             args.hidden_states_dtype = DTYPE_E2M1 if x.dtype is torch.uint8 else DTYPE_E4M3
         if scale is not None:
@@ -205,6 +208,18 @@ class CudaExecutor:
             names = list(self._variants)
             used = f"{names[args.gemm1_variant]} + {names[args.gemm2_variant]}"
             raise KernelError(used, str(Stage(args.stages)), code, self.library.error_string(code))
+        return None
+
+    def unpack(self, args: MoeUnpack) -> None:
+        """On the current stream. Raises KernelError."""
+        index = self.device.index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(self.device):
+                return self.unpack(args)
+        args.stream = torch._C._cuda_getCurrentRawStream(index)
+        code = self.library.unpack(args)
+        if code:
+            raise KernelError("messages", "unpack", code, self.library.error_string(code))
         return None
 
     def view(
@@ -269,6 +284,7 @@ class CudaExecutor:
         return LayerArguments(
             num_tokens=num_tokens,
             hidden_size=config.hidden_size,
+            hidden_states_stride=config.hidden_size,
             intermediate_size=problem.local_intermediate_size,
             num_experts=config.num_experts,
             top_k=config.top_k,

@@ -32,8 +32,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from ..executors.base import LayerInputs, MoEProblem
 from .groups import RankGroup, RankGroups
-from .packing import Packed, Packing, Rows
-from .sends import reached_ranks
+from .packing import Packed, Packing
 
 _log = logging.getLogger("moe_runtime.parallel")
 
@@ -89,30 +88,25 @@ class AllToAll:
     needs_ids = True
 
     def __init__(self, problem: MoEProblem, groups: RankGroups, packing: Packing) -> None:
-        self._problem, self._packing, self._slices = problem, packing, groups.slices
+        self._packing, self._slices = packing, groups.slices
         self.ranks = _required(groups.shards)
 
     def dispatch(self, inputs: LayerInputs, later: int, capacity: int | None) -> Arrived:
         x, ids, weights = _tokens(inputs)
         if capacity is not None:
-            rows = _gather_rows(self.ranks, self._packing.encode(x), ids, weights, capacity)
-            return Arrived(rows, later, _Sent(None, len(x), [], []))
-        packed = self._packing.pack(x, reached_ranks(ids, self._problem.num_local_experts, self.ranks.size))
-        sent, received, tokens, later = self._counts(packed.counts, len(x), later)
+            return Arrived(_gathered(self.ranks, self._packing, inputs, capacity), later, _Sent(None, len(x), [], []))
+        packed = self._packing.pack(x, ids, weights, later)
+        sent, received, tokens, later = self._meet(packed.notices)
         handle = _Sent(packed, len(x), sent, received)
-        return Arrived(self.exchange(packed, ids, weights, handle, tokens), later, handle)
+        came = self._packing.layout.empty(tokens, x.device)
+        self.exchange(came, handle)
+        return Arrived(self._packing.unpack(came, sum(received)), later, handle)
 
-    def exchange(self, packed: Packed, ids: Tensor, weights: Tensor, handle: _Sent, tokens: int) -> LayerInputs:
-        """The rows themselves. tokens: of all ranks, as many rows as are returned."""
-        (values, scale), token = packed.rows(sum(handle.sent))
-        beside = _beside(scale, ids[token], weights[token])
-        came = sum(handle.received)
-        came_values = values.new_empty((tokens, values.shape[1]))
-        came_beside = beside.new_empty((tokens, beside.shape[1]))
-        came_beside[came:] = -1  # absent rows: ids -1; their values are not read
-        self.ranks.all_to_all(_bytes(came_values[:came]), _bytes(values), handle.received, handle.sent)
-        self.ranks.all_to_all(came_beside[:came], beside, handle.received, handle.sent)
-        return _inputs(came_values, came_beside, ids.shape[1])
+    def exchange(self, came: Tensor, handle: _Sent) -> None:
+        """The messages themselves, to the first of `came`."""
+        assert handle.packed is not None
+        messages = handle.packed.messages(sum(handle.sent))
+        self.ranks.all_to_all(came[: sum(handle.received)], messages, handle.received, handle.sent)
 
     def combine(self, partial: Tensor, handle: _Sent) -> Tensor:
         if handle.packed is None:
@@ -124,14 +118,12 @@ class AllToAll:
         self.ranks.all_to_all(returned, partial[: sum(handle.received)], handle.sent, handle.received)
         return _reduced(self._slices, handle.packed.add_up())
 
-    def _counts(self, counts: Tensor, num_tokens: int, later: int) -> tuple[list[int], list[int], int, int]:
+    def _meet(self, notices: Tensor) -> tuple[list[int], list[int], int, int]:
         """(rows to each rank, rows from each, tokens of all ranks in this call, the most that are to come)."""
-        mine = torch.empty((self.ranks.size, 3), dtype=torch.int64, device=counts.device)
-        mine[:, 0], mine[:, 1], mine[:, 2] = counts, num_tokens, later
-        theirs = torch.empty_like(mine)
-        self.ranks.all_to_all(theirs, mine)
-        sent, received, tokens, to_come = torch.cat([mine[:, :1], theirs], 1).T.tolist()  # the wait
-        return sent, received, sum(tokens), max(to_come)
+        self.ranks.all_to_all(notices[1], notices[0])
+        mine, theirs = notices.tolist()  # the wait
+        received, tokens, later = zip(*theirs, strict=True)
+        return [rows for rows, _, _ in mine], list(received), sum(tokens), max(later)
 
 
 class AllGather:
@@ -143,14 +135,13 @@ class AllGather:
         self._packing, self._slices, self.ranks = packing, groups.slices, _required(groups.shards)
 
     def dispatch(self, inputs: LayerInputs, later: int, capacity: int | None) -> Arrived:
-        x, ids, weights = _tokens(inputs)
+        x = inputs.hidden_states
         if capacity is None:
             mine = torch.tensor([[len(x), later]], dtype=torch.int64, device=x.device)
             everyone = mine.new_empty((self.ranks.size, 2))
             self.ranks.all_gather(everyone, mine)
             capacity, later = map(max, everyone.T.tolist())  # the wait
-        rows = _gather_rows(self.ranks, self._packing.encode(x), ids, weights, capacity)
-        return Arrived(rows, later, len(x))
+        return Arrived(_gathered(self.ranks, self._packing, inputs, capacity), later, len(x))
 
     def combine(self, partial: Tensor, handle: int) -> Tensor:
         mine = partial.new_empty((len(partial) // self.ranks.size, partial.shape[1]))
@@ -228,42 +219,10 @@ def _reduced(ranks: RankGroup | None, rows: Tensor) -> Tensor:
     return rows
 
 
-def _bytes(values: Tensor) -> Tensor:
-    """e4m3 as bytes, which every backend moves."""
-    return values.view(torch.uint8) if values.dtype == torch.float8_e4m3fn else values
-
-
-def _beside(scale: Tensor | None, ids: Tensor, weights: Tensor) -> Tensor:
-    """int32 [n, (H/128) + 2k]: what a row brings beside its values, so that it is one message."""
-    parts = [ids, weights.view(torch.int32)]
-    return torch.cat(parts if scale is None else [scale.view(torch.int32), *parts], 1)
-
-
-def _inputs(values: Tensor, beside: Tensor, top_k: int) -> LayerInputs:
-    """The inverse of `_beside`; the scale stays where it came, with the strides that this gives it."""
-    columns = beside.shape[1] - 2 * top_k
-    scale = beside[:, :columns].view(torch.float32) if columns else None
-    ids = beside[:, columns : columns + top_k].contiguous()
-    weights = beside[:, columns + top_k :].contiguous().view(torch.float32)
-    return LayerInputs(values, scale, topk_ids=ids, topk_weights=weights)
-
-
-def _gather_rows(ranks: RankGroup, rows: Rows, ids: Tensor, weights: Tensor, capacity: int) -> LayerInputs:
+def _gathered(ranks: RankGroup, packing: Packing, inputs: LayerInputs, capacity: int) -> LayerInputs:
     """[R * capacity] rows, those of each rank first among its own, then absent ones."""
-    values, beside = _padded(rows.values, capacity), _beside(rows.scale, ids, weights)
-    beside = torch.cat([beside, beside.new_full((capacity - len(beside), beside.shape[1]), -1)])
-    all_values = values.new_empty((ranks.size * capacity, values.shape[1]))
-    all_beside = beside.new_empty((ranks.size * capacity, beside.shape[1]))
+    messages = packing.encode(*_tokens(inputs), capacity)
+    everyone = messages.new_empty((ranks.size * capacity, messages.shape[1]))
     if capacity:
-        ranks.all_gather(_bytes(all_values), _bytes(values))
-        ranks.all_gather(all_beside, beside)
-    return _inputs(all_values, all_beside, ids.shape[1])
-
-
-def _padded(values: Tensor, capacity: int) -> Tensor:
-    """To `capacity` rows, of which those added are arbitrary."""
-    if len(values) == capacity:
-        return values
-    padded = values.new_empty((capacity, values.shape[1]))
-    padded[: len(values)] = values
-    return padded
+        ranks.all_gather(everyone, messages)
+    return packing.unpack(everyone, len(everyone))

@@ -161,5 +161,5 @@ def _cut(tensor: Tensor | None, rows: slice) -> Tensor | None:
 
 def _packing(problem: MoEProblem, executor: Executor, device: torch.device) -> Packing:
     if executor.name == "cuda" and problem.parallel.size <= MAX_RANKS:
-        return NativePacking(problem.config, cast(CudaExecutor, executor), device)
-    return TorchPacking(problem.config)
+        return NativePacking(problem, cast(CudaExecutor, executor), device)
+    return TorchPacking(problem)

@@ -1,14 +1,13 @@
 """`packing.Packing` in the compiled kernels of a layer.
 
 To group a rank's tokens by destination is what a layer does by expert, so its stages serve with ranks in the experts'
-place: PERMUTE and GATHER encode each row once and write it to its place for every destination, COMBINE adds up what
+place: PERMUTE and GATHER encode each row once and write a message of it for every destination, COMBINE adds up what
 comes back, in f32 and by rank. In torch the same is some twenty kernels, of which those of the fp8 encoding each read
 or write the rows in f32.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +16,11 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..executors.base import LayerInputs, MoEProblem
 from ..executors.cuda import CudaExecutor
-from ..formats import Tokens
 from ..formats.registry import find_format
-from ..kernels import Stage
+from ..kernels import MoeMessages, MoeUnpack, Stage
 from ..weights import BoundWeights, Operands
 from .layout import Parallel
-from .packing import Packed, Rows, TorchPacking, travelling_format
+from .packing import Packed, TorchPacking, travelling_format
 
 MAX_RANKS = 32
 """Destinations that the kernels tell apart: their largest top_k."""
@@ -32,13 +30,14 @@ _ALONE = Parallel("ep", 1)
 class NativePacking(TorchPacking):
     """On a GPU with kernels. Calls without tokens, for which no kernel runs, go through torch."""
 
-    def __init__(self, config: MoEConfig, executor: CudaExecutor, device: torch.device) -> None:
-        super().__init__(config)
+    def __init__(self, problem: MoEProblem, executor: CudaExecutor, device: torch.device) -> None:
+        super().__init__(problem)
+        config = problem.config
         least = config.number_format.multiple
         # Routing depends on neither size; the workspace that a call needs does on both.
         self._routing = MoEProblem(config.scaled(hidden_size=least, intermediate_size=least), _ALONE)
         self._stages = _Stages(executor, device)
-        self._exchange = functools.lru_cache(maxsize=None)(functools.partial(_exchange, config))
+        self._to_ranks, self._to_all = _exchange(config, self._num_ranks), _exchange(config, 1)
 
     def route(self, logits: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         num_tokens, config = len(logits), self._routing.config
@@ -51,23 +50,44 @@ class NativePacking(TorchPacking):
         self._stages.launch(Stage.ROUTE, self._routing, inputs, self._stages.workspace(self._routing, num_tokens))
         return ids, weights
 
-    def encode(self, x: Tensor) -> Rows:
-        if len(x) == 0 or self._encoding == Tokens.BF16:
-            return super().encode(x)
-        everything = torch.ones((len(x), 1), dtype=torch.bool, device=x.device)
-        rows, _ = self.pack(x, everything).rows(len(x))
-        return rows
-
-    def pack(self, x: Tensor, reached: Tensor) -> Packed:
+    def encode(self, x: Tensor, ids: Tensor, weights: Tensor, capacity: int) -> Tensor:
         if len(x) == 0:
-            return super().pack(x, reached)
-        problem = self._exchange(reached.shape[1])
-        ranks = torch.arange(reached.shape[1], dtype=torch.int32, device=x.device)
-        ids = torch.where(reached, ranks, -1)
-        inputs = LayerInputs(x, topk_ids=ids, topk_weights=torch.ones(ids.shape, device=x.device))
-        packed = _NativePacked(self._stages, problem, inputs, self._stages.workspace(problem, len(x)))
-        self._stages.launch(Stage.PERMUTE | Stage.GATHER, problem, inputs, packed.workspace)
-        return packed
+            return super().encode(x, ids, weights, capacity)
+        messages = self.layout.empty(capacity, x.device, absent_from=len(x))
+        asked = MoeMessages(messages.data_ptr(), ids=ids.data_ptr(), weights=weights.data_ptr())
+        self._write(self._to_all, x, asked)
+        return messages
+
+    def pack(self, x: Tensor, ids: Tensor, weights: Tensor, later: int) -> Packed:
+        if len(x) == 0:
+            return super().pack(x, ids, weights, later)
+        messages = self.layout.empty(len(x) * self._num_ranks, x.device)
+        notices = torch.empty((2, self._num_ranks, 3), dtype=torch.int64, device=x.device)
+        asked = MoeMessages(messages.data_ptr(), ids=ids.data_ptr(), weights=weights.data_ptr())
+        asked.experts_per_rank, asked.notice, asked.later = self._experts_per_rank, notices.data_ptr(), later
+        workspace = self._write(self._to_ranks, x, asked)
+        return _NativePacked(self._stages, self._to_ranks, x, workspace, messages, notices)
+
+    def unpack(self, messages: Tensor, came: int) -> LayerInputs:
+        layout, count = self.layout, len(messages)
+        if count == 0:
+            return super().unpack(messages, came)
+        ids = torch.empty((count, layout.top_k), dtype=torch.int32, device=messages.device)
+        weights = torch.empty(ids.shape, dtype=torch.float32, device=messages.device)
+        offset = layout.value_bytes + layout.scale_bytes
+        self._stages.executor.unpack(
+            MoeUnpack(
+                messages.data_ptr(), layout.pitch, offset, count, came, layout.top_k, ids.data_ptr(), weights.data_ptr()
+            )
+        )
+        return LayerInputs(layout.values(messages), layout.scales(messages), topk_ids=ids, topk_weights=weights)
+
+    def _write(self, exchange: MoEProblem, x: Tensor, asked: MoeMessages) -> Tensor:
+        """The workspace, which says where each message is."""
+        asked.pitch, asked.slots = self.layout.pitch, self.layout.top_k
+        workspace = self._stages.workspace(exchange, len(x))
+        self._stages.launch(Stage.PERMUTE | Stage.GATHER, exchange, LayerInputs(x), workspace, messages=asked)
+        return workspace
 
 
 def _exchange(config: MoEConfig, num_ranks: int) -> MoEProblem:
@@ -94,41 +114,41 @@ class _Stages:
         return torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def launch(
-        self, stages: Stage, problem: MoEProblem, inputs: LayerInputs, workspace: Tensor, output: Tensor | None = None
+        self,
+        stages: Stage,
+        problem: MoEProblem,
+        inputs: LayerInputs,
+        workspace: Tensor,
+        output: Tensor | None = None,
+        messages: MoeMessages | None = None,
     ) -> None:
         args = self.executor.arguments(problem, self._no_weights, inputs, self._tactics, output, workspace)
+        if messages is not None:
+            args.messages = messages
         self.executor.launch(args, stages)
 
 
 @dataclass(frozen=True)
 class _NativePacked:
-    """Rows in the regions of a layer's workspace."""
+    """x: the tokens. sent: messages, as many as there are at most."""
 
     stages: _Stages
     problem: MoEProblem
-    inputs: LayerInputs
+    x: Tensor
     workspace: Tensor
+    sent: Tensor
+    notices: Tensor
 
-    @property
-    def counts(self) -> Tensor:
-        return self._region("expert_offsets", (self.problem.num_local_experts + 1,), torch.int32).diff()
-
-    def rows(self, total: int) -> tuple[Rows, Tensor]:
-        hidden, scales = self.problem.config.hidden_size, self.problem.quantised_tokens.scales
-        tokens = self._region("row_origins", (total, 2), torch.int32)[:, 0]
-        if scales is None:
-            return Rows(self._region("rows", (total, hidden), torch.bfloat16), None), tokens
-        values = self._region("rows", (total, hidden), torch.float8_e4m3fn)
-        return Rows(values, self._region("row_scales", (total, scales), torch.float32)), tokens
+    def messages(self, total: int) -> Tensor:
+        return self.sent[:total]
 
     def returned(self, total: int) -> Tensor:
-        return self._region("gemm2_output", (total, self.problem.config.hidden_size), torch.bfloat16)
+        shape = total, self.x.shape[1]
+        return self.stages.executor.view(
+            self.problem, self.workspace, len(self.x), "gemm2_output", shape, torch.bfloat16
+        )
 
     def add_up(self) -> Tensor:
-        output = torch.empty_like(self.inputs.hidden_states)
-        self.stages.launch(Stage.COMBINE, self.problem, self.inputs, self.workspace, output)
+        output = torch.empty_like(self.x)
+        self.stages.launch(Stage.COMBINE, self.problem, LayerInputs(self.x), self.workspace, output)
         return output
-
-    def _region(self, region: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        num_tokens = len(self.inputs.hidden_states)
-        return self.stages.executor.view(self.problem, self.workspace, num_tokens, region, shape, dtype)

@@ -99,7 +99,7 @@ cudaError_t activate(MoeLayer const& layer, Buffers const& b) {
   int const inter = layer.intermediate_size;
   bool const gated = layer.activation == MOE_ACTIVATION_SWIGLU;
   ActivationParams const p{b.gemm1_output, b.expert_offsets, layer.alpha, layer.beta, layer.clamp, layer.activation_multiplier,
-                           {b.activation, b.activation_scales, inter}, layer.num_local_experts, gemm1_width(layer),
+                           adjacent_rows(b.activation, b.activation_scales, inter), layer.num_local_experts, gemm1_width(layer),
                            gated && !layer.gate_first ? inter : 0, layer.gate_first ? inter : 0, layer.clamp_limit};
   int const most = ceil_div(layer.num_tokens * layer.top_k * (inter / kValuesPerThread), kThreads);
   return with_tokens(layer.tokens, [&](auto tokens) {

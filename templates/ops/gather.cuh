@@ -7,20 +7,31 @@ namespace moe {
 struct GatherParams {
   void const* hidden_states;
   void const* hidden_states_scale;
-  int64_t scale_token_stride, scale_block_stride;
+  int64_t token_stride, scale_token_stride, scale_block_stride;
   float const* input_weights; // [num_tokens], of routing that weighs the experts' input; null: none
   Rows rows;
   float input_scale_inverse;
   int num_tokens, top_k;
   bool quantised, by_token;
   __nv_bfloat16* output_to_zero;
+  MoeMessages messages;
+  int32_t* message_slots; // of the first message
 };
 
 inline GatherParams gather_params(MoeLayer const& layer, Buffers const& b) {
-  return {layer.hidden_states, layer.hidden_states_scale, layer.scale_token_stride, layer.scale_block_stride,
-          weighs_input(layer) ? layer.topk_weights : nullptr, {b.rows, b.row_scales, layer.hidden_size},
+  Rows rows = adjacent_rows(b.rows, b.row_scales, layer.hidden_size);
+  int32_t* message_slots = nullptr;
+  if (MoeMessages const& m = layer.messages; m.rows) {
+    bool const fp8_block = layer.tokens == MOE_TOKENS_FP8_BLOCK;
+    int const value_bytes = fp8_block ? 1 : 2, scales = fp8_block ? layer.hidden_size / kBlock : 0;
+    auto* const behind_values = reinterpret_cast<float*>(static_cast<uint8_t*>(m.rows) + layer.hidden_size * value_bytes);
+    rows = {m.rows, behind_values, layer.hidden_size, m.pitch / value_bytes, m.pitch / 4};
+    message_slots = reinterpret_cast<int32_t*>(behind_values + scales);
+  }
+  return {layer.hidden_states, layer.hidden_states_scale, layer.hidden_states_stride, layer.scale_token_stride, layer.scale_block_stride,
+          weighs_input(layer) ? layer.topk_weights : nullptr, rows,
           layer.input_scale_inverse, layer.num_tokens, layer.top_k, layer.hidden_states_dtype != MOE_DTYPE_BF16,
-          b.rows_by_token, b.output_to_zero};
+          b.rows_by_token, b.output_to_zero, layer.messages, message_slots};
 }
 
 // Threads that the stage needs: each encodes 16 values and writes them to the row of each of the token's local slots, or
@@ -30,7 +41,7 @@ inline int gather_units(MoeLayer const& layer) { return layer.num_tokens * (laye
 // Must be reached by whole warps; loads only where the token is local. weight: null, or of the experts' input.
 template <MoeTokens kTokens>
 __device__ __forceinline__ Piece<kTokens> gather_piece(GatherParams const& p, int token, int chunk, bool local, float const* weight) {
-  int64_t const from = int64_t(token) * p.rows.width + chunk * kValuesPerThread;
+  int64_t const from = token * p.token_stride + chunk * kValuesPerThread;
   Values values = {};
   if (local && !p.quantised) load_bf16x16(static_cast<__nv_bfloat16 const*>(p.hidden_states) + from, values);
   if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK) {
@@ -46,12 +57,23 @@ __device__ __forceinline__ Piece<kTokens> gather_piece(GatherParams const& p, in
   } else {
     float scale = p.quantised ? 1.0f : p.input_scale_inverse;
     if constexpr (kTokens != MOE_TOKENS_BF16) {
-      if (local && p.quantised) load_quantised16<kTokens>(p.hidden_states, p.hidden_states_scale, from, values);
+      if (local && p.quantised) load_quantised16<kTokens>(p.hidden_states, p.hidden_states_scale, int64_t(token) * p.rows.width + chunk * kValuesPerThread, values);
     }
     if (local && weight) scale *= *weight;
 #pragma unroll
     for (int i = 0; i < kValuesPerThread; ++i) values[i] *= scale;
     return p.quantised && !weight ? pack16<kTokens>(values) : encode16<kTokens>(values);
+  }
+}
+
+// What a message holds behind the row itself: the token's ids and weights, of which each thread of the row copies some.
+__device__ __forceinline__ void store_slots(GatherParams const& p, int64_t row, int token, int chunk, int chunks) {
+  MoeMessages const& m = p.messages;
+  int32_t* const ids = p.message_slots + row * (m.pitch / 4);
+  auto* const weights = reinterpret_cast<float*>(ids + m.slots);
+  for (int j = chunk; j < m.slots; j += chunks) {
+    ids[j] = m.ids[token * m.slots + j];
+    weights[j] = m.weights[token * m.slots + j];
   }
 }
 
@@ -74,7 +96,11 @@ __device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int
   if (!local) return;
   if (p.by_token) return piece.store(p.rows, token, chunk);
   for (int j = 0; j < p.top_k; ++j) {
-    if (slots[j] >= 0) piece.store(p.rows, slots[j], chunk);
+    if (slots[j] < 0) continue;
+    piece.store(p.rows, slots[j], chunk);
+    if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK || kTokens == MOE_TOKENS_BF16) {  // in which rows travel; see messages_fit
+      if (p.message_slots) store_slots(p, slots[j], token, chunk, chunks);
+    }
   }
 }
 

@@ -89,6 +89,24 @@ bool takes(MoeLayer const& layer, int32_t hidden_states_dtype) {
   return layer.tokens != MOE_TOKENS_BF16 && hidden_states_dtype == codes;
 }
 
+// Rows are read 16 bytes at a time. Tokens of other encodings than these two have factors that lie as their codes do.
+bool strides_fit(MoeLayer const& layer) {
+  int64_t const stride = layer.hidden_states_stride;
+  if (stride == layer.hidden_size) return true;
+  bool const bf16 = layer.hidden_states_dtype == MOE_DTYPE_BF16;
+  return stride > layer.hidden_size && stride % (bf16 ? 8 : 16) == 0 && (bf16 || layer.tokens == MOE_TOKENS_FP8_BLOCK);
+}
+
+bool messages_fit(MoeLayer const& layer) {
+  MoeMessages const& m = layer.messages;
+  if (!m.rows) return true;
+  bool const fp8_block = layer.tokens == MOE_TOKENS_FP8_BLOCK;
+  int64_t const row = fp8_block ? layer.hidden_size / kBlock * (kBlock + 4) : 2 * layer.hidden_size;
+  bool const known = fp8_block || layer.tokens == MOE_TOKENS_BF16;
+  if (layer.stages != (MOE_STAGE_PERMUTE | MOE_STAGE_GATHER) || m.experts_per_rank < 0) return false;
+  return known && m.pitch % 16 == 0 && m.pitch >= row + 8 * m.slots && m.slots >= 0;
+}
+
 bool can_route(MoeLayer const& layer) {
   if (layer.num_fused_shared_experts < 0 || layer.num_fused_shared_experts >= layer.top_k) return false;
   switch (layer.routing_method) {
@@ -166,11 +184,14 @@ int32_t run_stages(MoeLayer const& layer, Buffers& buffers) {
     status = function();
     left &= ~stages;
   };
+  bool const messages = layer.messages.rows;
+  if (messages) status = reach(layer);
   run(MOE_STAGE_ROUTE | MOE_STAGE_PERMUTE | MOE_STAGE_GATHER, [&] { return int32_t(route_permute_and_gather(layer, buffers)); });
   run(MOE_STAGE_ROUTE, [&] { return int32_t(route(layer)); });
   run(MOE_STAGE_PERMUTE | MOE_STAGE_GATHER, [&] { return int32_t(permute_and_gather(layer, buffers)); });
   run(MOE_STAGE_PERMUTE, [&] { return int32_t(permute(layer, buffers)); });
   run(MOE_STAGE_GATHER, [&] { return int32_t(gather(layer, buffers)); });
+  if (messages && layer.messages.notice && status == 0) status = notify(layer, buffers);
   run(MOE_STAGE_GEMM1, [&] { return run_gemm1(layer, *gemm1, buffers); });
   run(MOE_STAGE_ACTIVATION, [&] { return int32_t(activate(layer, buffers)); });
   run(MOE_STAGE_GEMM2, [&] { return run_gemm2(layer, *gemm2, buffers); });
@@ -190,7 +211,7 @@ extern "C" int32_t moe_layer_workspace(MoeLayer const* layer, MoeWorkspace* work
 
 extern "C" int32_t moe_layer(MoeLayer const* layer) {
   if (!moe::can_implement(*layer)) return MOE_ERROR_CANNOT_IMPLEMENT;
-  if (!moe::takes(*layer, layer->hidden_states_dtype)) return MOE_ERROR_BAD_ARGUMENT;
+  if (!moe::takes(*layer, layer->hidden_states_dtype) || !moe::strides_fit(*layer) || !moe::messages_fit(*layer)) return MOE_ERROR_BAD_ARGUMENT;
   if (layer->num_tokens == 0) return 0;
   moe::Buffers buffers;
   MoeWorkspace const regions = moe::place(*layer, buffers);

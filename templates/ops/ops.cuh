@@ -41,6 +41,10 @@ cudaError_t gather(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t activate(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t combine(MoeLayer const& layer, Buffers const& buffers);
 
+// Before and after a permutation by rank.
+cudaError_t reach(MoeLayer const& layer);
+cudaError_t notify(MoeLayer const& layer, Buffers const& buffers);
+
 // Several stages, in one launch where that is faster.
 cudaError_t permute_and_gather(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t route_permute_and_gather(MoeLayer const& layer, Buffers const& buffers);

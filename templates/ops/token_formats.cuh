@@ -174,14 +174,17 @@ struct Rows {
   void* values;  // [rows, width] e4m3 or bf16
   float* scales; // [rows, width / 128], fp8_block only
   int width;
+  int64_t value_pitch, scale_pitch; // from row to row
 };
+
+inline Rows adjacent_rows(void* values, float* scales, int width) { return {values, scales, width, width, width / kBlock}; }
 
 // A thread's share of a row in its encoding.
 template <MoeTokens kTokens>
 struct Piece {
   uint4 values[2];
   __device__ __forceinline__ void store(Rows const& rows, int64_t row, int chunk) const {
-    auto* const to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(rows.values) + row * rows.width + chunk * kValuesPerThread);
+    auto* const to = reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(rows.values) + row * rows.value_pitch + chunk * kValuesPerThread);
     to[0] = values[0];
     to[1] = values[1];
   }
@@ -192,8 +195,8 @@ struct Piece<MOE_TOKENS_FP8_BLOCK> {
   uint4 values;
   float scale;
   __device__ __forceinline__ void store(Rows const& rows, int64_t row, int chunk) const {
-    *reinterpret_cast<uint4*>(static_cast<uint8_t*>(rows.values) + row * rows.width + chunk * kValuesPerThread) = values;
-    if (chunk % kLanesPerBlock == 0) rows.scales[row * (rows.width / kBlock) + chunk / kLanesPerBlock] = scale;
+    *reinterpret_cast<uint4*>(static_cast<uint8_t*>(rows.values) + row * rows.value_pitch + chunk * kValuesPerThread) = values;
+    if (chunk % kLanesPerBlock == 0) rows.scales[row * rows.scale_pitch + chunk / kLanesPerBlock] = scale;
   }
 };
 

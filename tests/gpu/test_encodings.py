@@ -58,6 +58,7 @@ class Layer:
             routed_scaling_factor=1.0,
             input_scale_inverse=INVERSE.get(encoding, 1.0),
             gate_first=1,
+            hidden_states_stride=sizes["hidden_size"],
             sm_count=support.executor().sm_count,
         )
         self._kept: dict[str, Tensor] = {}
