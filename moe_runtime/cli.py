@@ -39,7 +39,7 @@ from .errors import InvalidArgument, MoEError
 from .executors.base import GEMMS, MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
-from .placement import read_digest
+from .placement import Placements, read_digest
 from .tables import plan_table
 from .trial_run import run_once
 from .tuning import Plan
@@ -146,6 +146,7 @@ def run(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens per rank; under dep<N> the kernels get N times as many.")],
     plan: Annotated[Path | None, typer.Option(help="A tuned plan; without one the default tactics run.")] = None,
     rank: RankOption = 0,
+    placement: PlacementOption = None,
     device: DeviceOption = None,
     format: FormatOption = None,
     scale: ScaleOption = 1,
@@ -154,13 +155,15 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run one layer on random weights and rows; print its time and its error against a float64 reference."""
-    problem = MoEProblem(named_config(model, format, scale, small), Parallel.parse(parallel, rank))
+    layout = Parallel.parse(parallel, rank)
+    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
     tuned = None if plan is None else Plan.load(plan)
     executor = named_executor(device)
     if tuned is not None:
         tuned.require(problem, executor.device_name, executor.library_hash)
+    placements = None if placement is None else Placements.load(placement)
     weights = random_weights(problem, seed, executor.name)
-    result = run_once(problem, weights, tuned, tokens, seed)
+    result = run_once(problem, weights, tuned, tokens, seed, placements)
     if as_json:
         print(json.dumps(dataclasses.asdict(result), indent=2))
         return

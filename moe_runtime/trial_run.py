@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from .executors.base import GEMMS, MoEProblem
 from .layer import FusedMoE
+from .placement import Placements
 from .reference import reference_layer, relative_error
 from .routing import route
+from .tuning.draws import draw
 from .tuning.plan import Plan
 from .weights import ExpertWeights
 from .workload import kernel_rows
@@ -37,36 +41,53 @@ class RunResult:
 
 
 def run_once(
-    problem: MoEProblem, weights: ExpertWeights, plan: Plan | None, num_tokens: int, seed: int = 0
+    problem: MoEProblem,
+    weights: ExpertWeights,
+    plan: Plan | None,
+    num_tokens: int,
+    seed: int = 0,
+    placements: Placements | None = None,
 ) -> RunResult:
-    """Runs the layer on the rows that `num_tokens` tokens per rank bring, routed by random logits over all experts."""
+    """Runs the layer on the rows that `num_tokens` tokens per rank bring, routed by random logits over all experts.
+
+    placements: of which the problem's config is the physical one. Its layer takes no logits: rows then come with the
+    ids of slots, drawn at random over the experts.
+    """
     layer = FusedMoE(problem.config, problem.parallel, weights, plan)
-    rows, device = kernel_rows(num_tokens, problem.parallel), weights.device
+    config, device = problem.config, weights.device
+    generator = torch.Generator(device).manual_seed(seed)
+    if placements is None:
+        rows = kernel_rows(num_tokens, problem.parallel)
+        logits = torch.randn(rows, config.num_experts, generator=generator, device=device)
+        (ids, topk_weights), routed = route(config, logits), {"router_logits": logits}
+    else:
+        ids = draw(problem, num_tokens, "random", seed, placements=placements).topk_ids.to(device)
+        rows, topk_weights = len(ids), torch.full(ids.shape, 1 / config.top_k, device=device)
+        routed = {"topk_ids": ids, "topk_weights": topk_weights}
     planned = plan.lookup(rows) if plan is not None else None
     gemm1, gemm2 = planned or (layer.executor.default_tactic(problem, gemm, rows) for gemm in GEMMS)
 
-    generator = torch.Generator(device).manual_seed(seed)
-    x = torch.randn(rows, problem.config.hidden_size, generator=generator, device=device).to(torch.bfloat16)
-    logits = torch.randn(rows, problem.config.num_experts, generator=generator, device=device)
+    x = torch.randn(rows, config.hidden_size, generator=generator, device=device).to(torch.bfloat16)
     output = torch.full_like(x, torch.nan)
-    layer(x, logits, output=output)
+    call = functools.partial(layer, x, output=output, **routed)
+    call()
 
     sample = torch.linspace(0, rows - 1, min(rows, REFERENCE_TOKENS), device=device).round().long()
-    ids, topk_weights = route(problem.config, logits[sample])
+    given = x[sample], ids[sample], topk_weights[sample]
     error, format_error = (
-        relative_error(output[sample], reference_layer(problem, weights, x[sample], ids, topk_weights, quantise))
+        relative_error(output[sample], reference_layer(problem, weights, *given, quantise))
         for quantise in (True, False)
     )
-    us = statistics.median(_timed(layer, x, logits, output) for _ in range(REPEATS))
+    us = statistics.median(_timed(call, device) for _ in range(REPEATS))
     return RunResult(rows, (gemm1, gemm2), us, error, format_error)
 
 
-def _timed(layer: FusedMoE, x: torch.Tensor, logits: torch.Tensor, output: torch.Tensor) -> float:
-    on_gpu = x.device.type == "cuda"
+def _timed(call: Callable[[], object], device: torch.device) -> float:
+    on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
     start = time.perf_counter()
-    layer(x, logits, output=output)
+    call()
     if on_gpu:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e6

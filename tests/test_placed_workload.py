@@ -272,6 +272,10 @@ def test_commands_under_a_placement(moe_runtime: Any, placement_path: Path, tmp_
     assert (key.num_experts, key.placement, key.placement_digest) == (10, str(placement_path), digest)
     assert f"placed by {placement_path}" in moe_runtime("plan", "show", plan).out.replace("\n", "")
     assert moe_runtime("plan", "check", plan, *SMALL, "--placement", placement_path).code == 0
+    run = ["run", *SMALL, "--tokens", "2", "--plan", plan, "--json"]
+    result = json.loads(moe_runtime(*run, "--placement", placement_path).out)
+    assert result["error"] < 1e-2 and result["tactics"] == list(Plan.load(plan).lookup(result["rows"]) or ())
+    assert "num_experts 10" in moe_runtime(*run).err
     refused = moe_runtime("plan", "check", plan, *SMALL)
     assert refused.code == 1 and "num_experts 10; the layer asked for has 8" in refused.out
 
