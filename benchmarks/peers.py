@@ -8,8 +8,9 @@ what the peers leave, [rows, N] in bf16; of gemm1, the fastest that activates as
 computes whole layers, so do we. A peer that is not installed, fails, or gives a result that its own numerics cannot
 explain is listed with the reason. A peer that breaks the GPU's context ends the run: leave it out with --only.
 
-DeepGEMM compiles each kernel at its first use, seconds each with nvcc: DG_JIT_USE_NVRTC=1 shortens that. The file is
-written anew after each size.
+DeepGEMM compiles each kernel at its first use, about 10 s each with nvcc, into DG_JIT_CACHE_DIR (version 2.8.1; a list
+of folders, the first of which is written to). vLLM's wheel has it in vllm/third_party; on PYTHONPATH under its own name
+it serves here. The file is written anew after each size.
 """
 
 from __future__ import annotations
