@@ -4,13 +4,14 @@
   sums come back in bf16 and are added up in f32, by rank. Under ``dep``, whose default it is.
 - ``allgather``: every rank gets all rows; the partial sums are reduced and scattered by the collective, in bf16.
 - ``allreduce``: all ranks have the same rows, as under ``ep`` and ``tp``, and their partial sums are reduced in bf16.
+- ``deepep``: rows as in ``alltoall``, by the kernels of the package deep_ep, see `deepep`.
 
 Where experts are sliced as well (``dep4tp2``) the ranks of equal slices exchange rows, and the
 slices' sums are reduced.
 
-The first two have a form of fixed size, which needs no count on the host and can stand in a CUDA graph: every rank
-brings `capacity` rows, of which those beyond its own have ids -1. Any token may choose any expert, so all of them go to
-all ranks, by an all-gather; the way back differs as above.
+``alltoall`` and ``allgather`` have a form of fixed size, which needs no count on the host and can stand in a CUDA
+graph: every rank brings `capacity` rows, of which those beyond its own have ids -1. Any token may choose any expert, so
+all of them go to all ranks, by an all-gather; the way back differs as above.
 
 What a plan's buckets mean: a call of x kernel rows is looked up as x // R tokens per rank (`workload.tokens_per_rank`).
 Each dispatcher hands the experts as many rows as make that right. ``alltoall`` pads the rows that came, about
@@ -168,10 +169,18 @@ class AllReduce:
 DispatcherFactory = Callable[[MoEProblem, RankGroups, Packing], Dispatcher]
 """Makes a rank's dispatcher; `groups` has the process groups, `packing` what is done on the rank's own tokens."""
 
+
+def _deepep(problem: MoEProblem, groups: RankGroups, packing: Packing) -> Dispatcher:
+    from .deepep import DeepEP  # which stands on this module
+
+    return DeepEP(problem, groups, packing)
+
+
 DISPATCHERS: dict[str, DispatcherFactory] = {
     "alltoall": AllToAll,
     "allgather": AllGather,
     "allreduce": AllReduce,
+    "deepep": _deepep,
 }
 
 
@@ -182,14 +191,15 @@ def make_dispatcher(
 
     name: or what makes one, for exchanges that are not here.
 
-    Raises InvalidArgument for a name that there is not, or that does not do under the layout.
+    Raises InvalidArgument for a name that there is not, or that does not do under the layout, and as the dispatcher
+    does itself.
     """
     parallel = problem.parallel
     if callable(name):
         dispatcher = name(problem, groups, packing)
         _log.info("%s: dispatch by the given %s", parallel, type(dispatcher).__name__)
         return dispatcher
-    able = ("alltoall", "allgather") if parallel.use_dp and parallel.size > 1 else ("allreduce",)
+    able = ("alltoall", "allgather", "deepep") if parallel.use_dp and parallel.size > 1 else ("allreduce",)
     if name is not None and name not in able:
         raise InvalidArgument("dispatch", repr(name), f"{' or '.join(able)} under {parallel}, or None for its default")
     if name is not None:

@@ -37,16 +37,17 @@ class ParallelMoE:
     parallel: the layout, of as many ranks as the group has, seen from this one.
     weights, plan, deterministic: as in `FusedMoE`, of this rank's experts.
     group: the ranks, by default all; with NCCL for weights on a GPU, gloo on the CPU.
-    dispatch: how tokens travel, by default as the layout has it: "alltoall", "allgather", "allreduce", or a function
-        that makes a `Dispatcher`. See `moe_runtime.parallel.dispatch`, which also says how the plan's buckets are met.
+    dispatch: how tokens travel, by default as the layout has it: "alltoall", "allgather", "allreduce", "deepep" where
+        the package deep_ep is installed, or a function that makes a `Dispatcher`. See `moe_runtime.parallel.dispatch`,
+        which also says how the plan's buckets are met.
     max_num_tokens: tokens per rank that travel at a time. A call with more of them on some rank is cut into chunks of
         so many, and while the experts of one work, the results of the one before and the rows of the one after travel.
     timeout_seconds: after which a rank that does not take part is an error on the others, see `groups.RankGroup`; None
         for the group's own time-out. With a number the layers that name it get groups, and so communicators, of their
         own.
 
-    Raises InvalidArgument and PlanRefused as FusedMoE does, and where layout and group do not fit; RankError where the
-    ranks' layers differ or one does not come.
+    Raises InvalidArgument and PlanRefused as FusedMoE does, and where layout and group do not fit; Unsupported for
+    "deepep" where deep_ep cannot be imported; RankError where the ranks' layers differ or one does not come.
     """
 
     def __init__(
