@@ -1,6 +1,7 @@
 """Does a layer's time grow as its work does, or are there cliffs?
 
     python -m benchmarks.growth --json FILE [--png FOLDER] [--series tokens,experts,ranks]
+    python -m benchmarks.growth --read FILE --png FOLDER    # draws what was measured, on any machine
 
 The layer with the fastest pair of tactics, and with the default's, on balanced rows:
 
@@ -17,6 +18,7 @@ too long, or the smaller one does.
 from __future__ import annotations
 
 import dataclasses
+import json as json_module
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -187,8 +189,8 @@ def cliffs_table(found: Sequence[Cliff]) -> Table:
     return table
 
 
-def draw(kind: str, series: Sequence[tuple[Series, Sequence[Point]]], found: Sequence[Cliff], folder: Path) -> Path:
-    """One picture of all series of a kind; rings are the ends of cliffs."""
+def draw(kind: str, series: Sequence[tuple[str, Sequence[Point]]], found: Sequence[Cliff], folder: Path) -> Path:
+    """One picture of all series of a kind, by name; rings are the ends of cliffs."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -199,15 +201,13 @@ def draw(kind: str, series: Sequence[tuple[Series, Sequence[Point]]], found: Seq
 
     with pyplot.rc_context(RC):
         figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-        for index, (one, points) in enumerate(series):
+        for index, (name, points) in enumerate(series):
             colour, at = SERIES[index % len(SERIES)].light, [point.size for point in points]
             best = {point.size: point.best_us for point in points}
-            axes.plot(at, list(best.values()), color=colour, marker=MARKERS[index % len(MARKERS)], ms=4, label=one.name)
+            axes.plot(at, list(best.values()), color=colour, marker=MARKERS[index % len(MARKERS)], ms=4, label=name)
             axes.plot(at, [point.default_us for point in points], color=colour, ls="--", lw=0.8)
             axes.plot(at, [point.explained_us for point in points], color=colour, ls=":", lw=0.8)
-            ends = {
-                size for cliff in found if (cliff.series, cliff.which) == (one.name, "best") for size in cliff.sizes
-            }
+            ends = {size for cliff in found if (cliff.series, cliff.which) == (name, "best") for size in cliff.sizes}
             if ends:
                 rings = [best[size] for size in sorted(ends)]
                 axes.plot(sorted(ends), rings, marker="o", ms=12, mfc="none", ls="", color=INK.light)
@@ -228,11 +228,27 @@ def draw(kind: str, series: Sequence[tuple[Series, Sequence[Point]]], found: Seq
     return path
 
 
+def draw_file(source: Path, folder: Path) -> list[Path]:
+    """The pictures of a file that `main` wrote."""
+    payload = json_module.loads(source.read_text())
+    found = [Cliff(**{name: value for name, value in cliff.items() if name != "excess"}) for cliff in payload["cliffs"]]
+    by_kind: dict[str, list[tuple[str, list[Point]]]] = {}
+    for one in payload["series"]:
+        by_kind.setdefault(one["kind"], []).append((one["name"], [Point(**point) for point in one["points"]]))
+    return [draw(kind, series, found, folder) for kind, series in by_kind.items()]
+
+
 def main(
     json: Annotated[Path | None, typer.Option()] = None,
     png: Annotated[Path | None, typer.Option(help="The folder to draw pictures into.")] = None,
     series: Annotated[str, typer.Option(help=f"Of {', '.join(KINDS)}.")] = ",".join(KINDS),
+    read: Annotated[Path | None, typer.Option(help="A file of earlier times to draw; nothing is measured.")] = None,
 ) -> None:
+    if read is not None:
+        if png is None:
+            raise typer.BadParameter("--read draws a file's pictures: name a folder by --png")
+        print(*draw_file(read, png), sep="\n")
+        return
     executor, console = cuda_executor(), Console(width=140)
     if executor.device_name not in ROOFS:
         raise typer.BadParameter(f"no roofs are known of {executor.device_name}, so nothing explains its times")
@@ -265,7 +281,7 @@ def main(
     console.print(cliffs_table(found) if found else f"No cliff beyond {FACTOR}.")
     if png is not None:
         for kind in dict.fromkeys(one.kind for one, _ in measured):
-            of_kind = [(one, points) for one, points in measured if one.kind == kind]
+            of_kind = [(one.name, points) for one, points in measured if one.kind == kind]
             console.print(str(draw(kind, of_kind, found, png)))
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer import BadParameter
 
 from benchmarks import growth
 from moe_runtime import MoEConfig, Parallel
@@ -127,5 +128,10 @@ def test_cliffs_are_found_written_and_drawn(
     (series,) = written["series"]
     assert [one["size"] for one in series["points"]] == [1, 2, 4, 8]
     assert all(one["default_us"] == pytest.approx(one["best_us"] + 5) for one in series["points"])
-    assert (tmp_path / "growth-tokens.png").stat().st_size > 10_000
-    assert "Cliffs beyond" in capsys.readouterr().out
+    drawn = (tmp_path / "growth-tokens.png").read_bytes()
+    assert len(drawn) > 10_000 and "Cliffs beyond" in capsys.readouterr().out
+
+    growth.main(read=path, png=tmp_path / "again")
+    assert (tmp_path / "again" / "growth-tokens.png").read_bytes() == drawn
+    with pytest.raises(BadParameter, match="name a folder by --png"):
+        growth.main(read=path)
