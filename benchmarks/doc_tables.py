@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.ranks import worst_error
 from benchmarks.summary import FORMAT_CASES, RESULTS, ROOT, load, tables
 from codegen.arch import ARCHES
 from codegen.catalogue import select
@@ -168,7 +169,7 @@ def ranks() -> str:
 
 
 def _ranks_row(tokens: str, point: Mapping[str, Any]) -> tuple[str, ...]:
-    errors, exchange, chunks = point["errors"], point["exchange"], point["chunks"].get("2")
+    exchange, chunks = point["exchange"], point["chunks"].get("2")
     speeds = ("", "")
     if exchange is not None:
         speeds = (
@@ -177,7 +178,7 @@ def _ranks_row(tokens: str, point: Mapping[str, Any]) -> tuple[str, ...]:
         )
     return (
         tokens,
-        f"{max(error for name, error in errors.items() if name != 'own'):.1e}",
+        f"{worst_error(point):.1e}",
         ", ".join(f"{us:.0f}" for us in point["us"].values()),
         f"{point['fixed_us']:.0f}",
         "" if chunks is None else f"{chunks['overlapped']:.0f} ({chunks['gained']:.0%})",

@@ -228,14 +228,20 @@ def draw(kind: str, series: Sequence[tuple[str, Sequence[Point]]], found: Sequen
     return path
 
 
+def draw_all(series: Sequence[tuple[str, str, Sequence[Point]]], found: Sequence[Cliff], folder: Path) -> list[Path]:
+    """A picture for each kind. series: kind, name and points of each."""
+    by_kind: dict[str, list[tuple[str, Sequence[Point]]]] = {}
+    for kind, name, points in series:
+        by_kind.setdefault(kind, []).append((name, points))
+    return [draw(kind, named, found, folder) for kind, named in by_kind.items()]
+
+
 def draw_file(source: Path, folder: Path) -> list[Path]:
     """The pictures of a file that `main` wrote."""
     payload = json_module.loads(source.read_text())
     found = [Cliff(**{name: value for name, value in cliff.items() if name != "excess"}) for cliff in payload["cliffs"]]
-    by_kind: dict[str, list[tuple[str, list[Point]]]] = {}
-    for one in payload["series"]:
-        by_kind.setdefault(one["kind"], []).append((one["name"], [Point(**point) for point in one["points"]]))
-    return [draw(kind, series, found, folder) for kind, series in by_kind.items()]
+    series = [(one["kind"], one["name"], [Point(**point) for point in one["points"]]) for one in payload["series"]]
+    return draw_all(series, found, folder)
 
 
 def main(
@@ -280,9 +286,8 @@ def main(
         console.print(points_table(one, points))
     console.print(cliffs_table(found) if found else f"No cliff beyond {FACTOR}.")
     if png is not None:
-        for kind in dict.fromkeys(one.kind for one, _ in measured):
-            of_kind = [(one.name, points) for one, points in measured if one.kind == kind]
-            console.print(str(draw(kind, of_kind, found, png)))
+        for path in draw_all([(one.kind, one.name, points) for one, points in measured], found, png):
+            console.print(str(path))
 
 
 if __name__ == "__main__":

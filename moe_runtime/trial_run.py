@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .executors.base import GEMMS, MoEProblem
+from .executors.base import GEMMS, LayerInputs, MoEProblem, random_inputs
 from .layer import FusedMoE
 from .placement import Placements
 from .reference import reference_layer, relative_error
@@ -55,27 +55,27 @@ def run_once(
     """
     layer = FusedMoE(problem.config, problem.parallel, weights, plan)
     config, device = problem.config, weights.device
-    generator = torch.Generator(device).manual_seed(seed)
     if placements is None:
-        rows = kernel_rows(num_tokens, problem.parallel)
-        logits = torch.randn(rows, config.num_experts, generator=generator, device=device)
-        (ids, topk_weights), routed = route(config, logits), {"router_logits": logits}
+        rows, generator = kernel_rows(num_tokens, problem.parallel), torch.Generator(device).manual_seed(seed)
+        x = torch.randn(rows, config.hidden_size, generator=generator, device=device).to(torch.bfloat16)
+        inputs = LayerInputs(x, None, torch.randn(rows, config.num_experts, generator=generator, device=device))
     else:
-        ids = draw(problem, num_tokens, "random", seed, placements=placements).topk_ids.to(device)
-        rows, topk_weights = len(ids), torch.full(ids.shape, 1 / config.top_k, device=device)
-        routed = {"topk_ids": ids, "topk_weights": topk_weights}
+        inputs = random_inputs(problem, draw(problem, num_tokens, "random", seed, placements=placements), seed, device)
+    x, _, logits, _, ids, topk_weights = inputs
+    rows, output = len(x), torch.full_like(x, torch.nan)
     planned = plan.lookup(rows) if plan is not None else None
     gemm1, gemm2 = planned or (layer.executor.default_tactic(problem, gemm, rows) for gemm in GEMMS)
-
-    x = torch.randn(rows, config.hidden_size, generator=generator, device=device).to(torch.bfloat16)
-    output = torch.full_like(x, torch.nan)
-    call = functools.partial(layer, x, output=output, **routed)
+    call = functools.partial(layer, x, logits, topk_ids=ids, topk_weights=topk_weights, output=output)
     call()
 
     sample = torch.linspace(0, rows - 1, min(rows, REFERENCE_TOKENS), device=device).round().long()
-    given = x[sample], ids[sample], topk_weights[sample]
+    if logits is not None:
+        ids, topk_weights = route(config, logits[sample])
+    else:
+        assert ids is not None and topk_weights is not None
+        ids, topk_weights = ids[sample], topk_weights[sample]
     error, format_error = (
-        relative_error(output[sample], reference_layer(problem, weights, *given, quantise))
+        relative_error(output[sample], reference_layer(problem, weights, x[sample], ids, topk_weights, quantise))
         for quantise in (True, False)
     )
     us = statistics.median(_timed(call, device) for _ in range(REPEATS))

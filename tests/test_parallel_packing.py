@@ -234,7 +234,7 @@ def tokens(count: int, *shape: int, seed: int = 0) -> Tensor:
 
 def content(layout: MessageLayout, messages: Tensor) -> Tensor:
     """Without what fills a message up, which is arbitrary."""
-    return messages[:, : layout.value_bytes + layout.scale_bytes + 8 * layout.top_k]
+    return messages[:, : layout.slots_offset + 8 * layout.top_k]
 
 
 @pytest.mark.parametrize("format", ["fp8_block", "bf16", "nvfp4"])

@@ -130,7 +130,7 @@ class LayerInputs(NamedTuple):
         if len(shape) != 2 or shape[1] != hidden:
             raise InvalidArgument("hidden_states", f"shape {list(shape)}", f"[num_tokens, {hidden}]")
         tokens = shape[0]
-        if not x.is_contiguous() and not (_has_aligned_rows(x) and not (quantised and accepted.contiguous)):
+        if not x.is_contiguous() and ((quantised and accepted.contiguous) or not _has_aligned_rows(x)):
             raise not_contiguous("hidden_states", x)
         if x.device != device:
             raise InvalidArgument("hidden_states", f"a tensor on {x.device}", f"one on {device} like the weights")

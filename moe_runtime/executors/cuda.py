@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from ..weights import ExpertWeights, LayerWeights, Operands
 from ..workload import Workload
 from .base import Gemm, GemmTrial, LayerInputs, LayerTrial, MoEProblem, TacticPair, able_tactics
 from .default_tactic import default_variant, twin
+
+Arguments = TypeVar("Arguments", LayerArguments, MoeUnpack)
 
 ARCH_OF_CAPABILITY = {(9, 0): "sm_90a"}
 _TUNE_AGAIN = "`moe-runtime variants` lists them; tune again after building other kernels."
@@ -196,31 +199,28 @@ class CudaExecutor:
 
     def launch(self, args: LayerArguments, stages: Stage | int) -> None:
         """Runs the stages on the current stream. Raises KernelError."""
-        index = self.device.index
-        # torch's raw accessors, which its own compiled code uses: the public ones build objects, 3 us of a 40 us call.
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(self.device):
-                return self.launch(args, stages)
         args.stages = stages
-        args.stream = torch._C._cuda_getCurrentRawStream(index)
-        code = self.library.layer(args)
+        code = self._call(self.library.layer, args)
         if code:
             names = list(self._variants)
             used = f"{names[args.gemm1_variant]} + {names[args.gemm2_variant]}"
             raise KernelError(used, str(Stage(args.stages)), code, self.library.error_string(code))
-        return None
 
     def unpack(self, args: MoeUnpack) -> None:
         """On the current stream. Raises KernelError."""
-        index = self.device.index
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(self.device):
-                return self.unpack(args)
-        args.stream = torch._C._cuda_getCurrentRawStream(index)
-        code = self.library.unpack(args)
+        code = self._call(self.library.unpack, args)
         if code:
             raise KernelError("messages", "unpack", code, self.library.error_string(code))
-        return None
+
+    def _call(self, function: Callable[[Arguments], int], args: Arguments) -> int:
+        """What a native function returns, on this device and its current stream."""
+        index = self.device.index
+        # torch's raw accessors, which its own compiled code uses: the public ones build objects, 3 us of a 40 us call.
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(self.device):
+                return self._call(function, args)
+        args.stream = torch._C._cuda_getCurrentRawStream(index)
+        return function(args)
 
     def view(
         self,

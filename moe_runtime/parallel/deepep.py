@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgument, Unsupported
 from ..executors.base import LayerInputs, MoEProblem
-from .dispatch import Arrived, _reduced, _required, _tokens
+from .dispatch import Arrived, _reduced, _required, _tokens, _told
 from .groups import RankGroup, RankGroups
 from .packing import Packing
 
@@ -78,7 +78,8 @@ class DeepEP:
             raise InvalidArgument("capacity", capacity, accepted, hint)
         x, ids, weights = self._encoded(inputs)
         if capacity is None:
-            tokens, later = self._meet(len(ids), later, device)
+            each, to_come = _told(self.ranks, len(ids), later, device)
+            tokens, later = sum(each), max(to_come)
         else:
             tokens = size * capacity
         to_ranks, to_nodes, to_experts, is_sent, _ = self._buffer.get_dispatch_layout(
@@ -123,14 +124,6 @@ class DeepEP:
             values, scales = layout.values(messages), layout.scales(messages)
         rows = values.contiguous() if scales is None else (values.contiguous(), scales.contiguous())
         return rows, ids.to(getattr(self._deep_ep, "topk_idx_t", torch.int64)).contiguous(), weights.contiguous()
-
-    def _meet(self, num_tokens: int, later: int, device: torch.device) -> tuple[int, int]:
-        """(tokens of all ranks in this call, the most that are to come)."""
-        mine = torch.tensor([[num_tokens, later]], dtype=torch.int64, device=device)
-        everyone = mine.new_empty((self.ranks.size, 2))
-        self.ranks.all_gather(everyone, mine)
-        tokens, to_come = everyone.T.tolist()  # the wait
-        return sum(tokens), max(to_come)
 
     def _global(self, local_ids: Tensor) -> Tensor:
         ids = torch.where(local_ids < 0, -1, local_ids + self._problem.local_expert_offset)

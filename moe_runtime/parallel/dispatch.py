@@ -138,10 +138,7 @@ class AllGather:
     def dispatch(self, inputs: LayerInputs, later: int, capacity: int | None) -> Arrived:
         x = inputs.hidden_states
         if capacity is None:
-            mine = torch.tensor([[len(x), later]], dtype=torch.int64, device=x.device)
-            everyone = mine.new_empty((self.ranks.size, 2))
-            self.ranks.all_gather(everyone, mine)
-            capacity, later = map(max, everyone.T.tolist())  # the wait
+            capacity, later = map(max, _told(self.ranks, len(x), later, x.device))
         return Arrived(_gathered(self.ranks, self._packing, inputs, capacity), later, len(x))
 
     def combine(self, partial: Tensor, handle: int) -> Tensor:
@@ -221,6 +218,15 @@ def _required(ranks: RankGroup | None) -> RankGroup:
 def _tokens(inputs: LayerInputs) -> tuple[Tensor, Tensor, Tensor]:
     assert inputs.topk_ids is not None and inputs.topk_weights is not None
     return inputs.hidden_states, inputs.topk_ids, inputs.topk_weights
+
+
+def _told(ranks: RankGroup, num_tokens: int, later: int, device: torch.device) -> tuple[list[int], list[int]]:
+    """Each rank's tokens in this call, and those that it has still to come."""
+    mine = torch.tensor([[num_tokens, later]], dtype=torch.int64, device=device)
+    everyone = mine.new_empty((ranks.size, 2))
+    ranks.all_gather(everyone, mine)
+    tokens, to_come = everyone.T.tolist()  # the wait
+    return tokens, to_come
 
 
 def _reduced(ranks: RankGroup | None, rows: Tensor) -> Tensor:

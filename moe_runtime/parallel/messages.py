@@ -21,6 +21,11 @@ ALIGNMENT = 16
 """Bytes of a load: rows begin at multiples of it."""
 
 
+def travelling_format(config: MoEConfig) -> str:
+    """fp8_block, half the bytes of bf16, where that is what the experts read; bf16 elsewhere."""
+    return "fp8_block" if config.number_format.tokens == Tokens.FP8_BLOCK else "bf16"
+
+
 @dataclass(frozen=True)
 class MessageLayout:
     """Of rows of `hidden_size` values: e4m3 with a scale for each block, or bf16. Messages are uint8 [m, pitch]."""
@@ -31,7 +36,7 @@ class MessageLayout:
 
     @classmethod
     def of(cls, config: MoEConfig) -> MessageLayout:
-        return cls(config.hidden_size, config.top_k, config.number_format.tokens == Tokens.FP8_BLOCK)
+        return cls(config.hidden_size, config.top_k, travelling_format(config) == "fp8_block")
 
     @property
     def value_bytes(self) -> int:
@@ -42,9 +47,14 @@ class MessageLayout:
         return self.hidden_size // BLOCK * 4 if self.is_fp8_block else 0
 
     @property
+    def slots_offset(self) -> int:
+        """Bytes before the ids, behind which the weights are."""
+        return self.value_bytes + self.scale_bytes
+
+    @property
     def pitch(self) -> int:
         """Bytes from message to message."""
-        used = self.value_bytes + self.scale_bytes + 8 * self.top_k
+        used = self.slots_offset + 8 * self.top_k
         return -(-used // ALIGNMENT) * ALIGNMENT
 
     def empty(self, count: int, device: torch.device, absent_from: int | None = None) -> Tensor:
@@ -63,11 +73,11 @@ class MessageLayout:
         """f32 [m, H/128], a view; None of bf16 rows."""
         if not self.is_fp8_block:
             return None
-        return messages[:, self.value_bytes : self.value_bytes + self.scale_bytes].view(torch.float32)
+        return messages[:, self.value_bytes : self.slots_offset].view(torch.float32)
 
     def slots(self, messages: Tensor) -> tuple[Tensor, Tensor]:
         """Ids int32 and weights f32, both [m, top_k], views."""
-        first, size = self.value_bytes + self.scale_bytes, 4 * self.top_k
+        first, size = self.slots_offset, 4 * self.top_k
         ids, weights = messages[:, first : first + size], messages[:, first + size : first + 2 * size]
         return ids.view(torch.int32), weights.view(torch.float32)
 

@@ -20,7 +20,8 @@ from ..formats.registry import find_format
 from ..kernels import MoeMessages, MoeUnpack, Stage
 from ..weights import BoundWeights, Operands
 from .layout import Parallel
-from .packing import Packed, TorchPacking, travelling_format
+from .messages import travelling_format
+from .packing import Packed, TorchPacking
 
 MAX_RANKS = 32
 """Destinations that the kernels tell apart: their largest top_k."""
@@ -74,12 +75,8 @@ class NativePacking(TorchPacking):
             return super().unpack(messages, came)
         ids = torch.empty((count, layout.top_k), dtype=torch.int32, device=messages.device)
         weights = torch.empty(ids.shape, dtype=torch.float32, device=messages.device)
-        offset = layout.value_bytes + layout.scale_bytes
-        self._stages.executor.unpack(
-            MoeUnpack(
-                messages.data_ptr(), layout.pitch, offset, count, came, layout.top_k, ids.data_ptr(), weights.data_ptr()
-            )
-        )
+        slots = layout.pitch, layout.slots_offset, count, came, layout.top_k
+        self._stages.executor.unpack(MoeUnpack(messages.data_ptr(), *slots, ids.data_ptr(), weights.data_ptr()))
         return LayerInputs(layout.values(messages), layout.scales(messages), topk_ids=ids, topk_weights=weights)
 
     def _write(self, exchange: MoEProblem, x: Tensor, asked: MoeMessages) -> Tensor:

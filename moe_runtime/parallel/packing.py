@@ -11,13 +11,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..config import MoEConfig
 from ..executors.base import LayerInputs, MoEProblem
-from ..formats import Tokens
 from ..formats.registry import find_format
 from ..formats.tokens import quantise_tokens
 from ..routing import route
-from .messages import MessageLayout
+from .messages import MessageLayout, travelling_format
 from .sends import SendOrder, add_up, reached_ranks, send_order
 
 
@@ -105,11 +103,6 @@ class TorchPacking:
         assert inputs.topk_ids is not None
         inputs.topk_ids[came:] = -1
         return inputs
-
-
-def travelling_format(config: MoEConfig) -> str:
-    """fp8_block, half the bytes of bf16, where that is what the experts read; bf16 elsewhere."""
-    return "fp8_block" if config.number_format.tokens == Tokens.FP8_BLOCK else "bf16"
 
 
 @dataclass

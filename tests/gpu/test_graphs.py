@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common import pinned
 from moe_runtime import FusedMoE, GraphedMoE
 from moe_runtime.executors.base import MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.kernels import LayerArguments
-from moe_runtime.tuning import GemmChoice, Plan, PlanEntry, PlanKey
-from moe_runtime.workload import buckets, make_workload
+from moe_runtime.workload import make_workload
 from tests.gpu import support
 from tests.gpu.test_layer import small, tokens
 
@@ -50,31 +50,13 @@ def test_replays_need_neither_the_layer_nor_memory(monkeypatch: pytest.MonkeyPat
     assert torch.equal(again, expected)
 
 
-def make_plan(problem: MoEProblem, gemm1: str, gemm2: str) -> Plan:
-    executor, sizes = support.executor(), tuple(buckets(64))
-    choices = {
-        "gemm1": GemmChoice(tactic=gemm1, default_tactic=gemm1),
-        "gemm2": GemmChoice(tactic=gemm2, default_tactic=gemm2),
-    }
-    return Plan(
-        key=PlanKey.of(problem, "balanced", 64, executor.device_name, executor.library_hash),
-        seed=0,
-        samples=1,
-        margin=0.02,
-        confidence=0.95,
-        complete=True,
-        buckets=sizes,
-        entries=tuple(PlanEntry(bucket=size, rows=size, **choices) for size in sizes),
-    )
-
-
 def test_the_plan_is_frozen_at_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers with two plans, captured in turn: neither changes what the other's graphs run."""
     problem, weights, _ = small("renormalise", "ep1", 0)
     executor = support.executor()
     able = set(able_tactics(executor, problem, "gemm1")) & set(able_tactics(executor, problem, "gemm2"))
     plain = sorted(name for name in able if executor.variants[name].stores_rows)
-    plans = [make_plan(problem, name, name) for name in (plain[0], plain[-1])]
+    plans = [pinned(problem, executor, (name, name)) for name in (plain[0], plain[-1])]
     launched: list[tuple[str, str]] = []
     launch, names = CudaExecutor.launch, list(executor.variants)
 
