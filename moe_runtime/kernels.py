@@ -17,7 +17,7 @@ from pathlib import Path
 from .errors import Unsupported
 from .formats import Weights
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -205,6 +205,11 @@ class KernelVariant:
     def token_tile(self) -> int:
         """Tokens of one output tile: groups are padded to a multiple of it."""
         return self.tile[1] if self.swap_ab else self.tile[0]
+
+    @property
+    def halves(self) -> bool:
+        """Whether it computes tiles of at most half of token_tile rows in half the time, and splits its last tiles."""
+        return not self.swap_ab and "_direct_" in self.name
 
     @property
     def weight_tile(self) -> int:

@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 6
+#define MOE_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -85,6 +85,9 @@ typedef struct MoeGemmOperands {
   void const* weights;       // e4m3 [L, n, k], or packed as the variant reads them
   float const* weight_scales;// [L, n/128, k/128]; where weights are not fp8_block [L], null: 1
   int32_t const* expert_offsets; // [L + 1], first row of each group
+  int32_t* tiles_taken;      // [1]: 0, and 0 again after the launch; of fp8_block
+  int32_t* output_done;      // [L] or null: pieces of 64 activations that are in memory, by group, to be added to
+  int32_t const* tokens_done;// [L] or null: the same of the kernel launched before, which need not have finished
   void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, [max_rows, n/2], of fp8_block e4m3
   float* output_scales;      // [max_rows, n/2/128] with SwiGLU
   int64_t max_rows;

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,13 @@ def test_pruning_saves_time() -> None:
 
 
 def variant(
-    tile: tuple[int, int], swap_ab: bool = False, cluster: tuple[int, int] = (1, 1), swiglu: bool = False
+    tile: tuple[int, int],
+    swap_ab: bool = False,
+    cluster: tuple[int, int] = (1, 1),
+    swiglu: bool = False,
+    name: str = "v",
 ) -> KernelVariant:
-    return KernelVariant(0, "v", (*tile, 128), cluster, swap_ab, 0, 0, swiglu)
+    return KernelVariant(0, name, (*tile, 128), cluster, swap_ab, 0, 0, swiglu)
 
 
 def test_tiles_and_waves_by_hand() -> None:
@@ -119,6 +124,20 @@ def test_tiles_and_waves_by_hand() -> None:
     found = cost(variant((128, 16), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, H200)
     assert (found.tiles, found.waves) == (40, 4)
     assert found.tiles_us == pytest.approx(4 * 10 * (16 + 128) * 1024 / H200.l2_tbps / 1e6)
+
+
+def test_halves_of_tiles_by_hand() -> None:
+    """Two whole tiles and two of at most 64 rows, each times 2 of 256 weights: 8, of which L2 gives a half 5/6 of the
+    bytes of a whole one, while it multiplies half as much."""
+    direct = variant((128, 256), name="sm90a_fp8_block_direct_128x256")
+    slow_l2 = dataclasses.replace(H200, l2_tbps=1e-3)
+    for roofs, half in ((H200, H200.block_scaled_tflops / H200.l2_tbps), (slow_l2, None)):
+        share = 5 / 6 if half is None else max(0.5, min(1.0, (64 + 256) / (2 * 128 * 256) * half))
+        found = cost(direct, [128, 65, 0, 64, 1], (512, 1024), 3, roofs)
+        assert found.tiles == 8
+        assert found.waves == math.ceil(2 * (4 + 4 * share) / 3) / 2
+    plain = cost(variant((128, 256)), [128, 65, 0, 64, 1], (512, 1024), 3, H200)
+    assert (plain.tiles, plain.waves) == (8, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """What a kernel variant should cost at one workload, from bytes, FLOPs, and how its tiles fill the GPU.
 
 A grouped GEMM cuts each expert's [rows, N] output into tiles; each SM works on one tile at a time, so tiles go in
-waves. A tile costs its FLOPs at the rate of a tensor core, or its operands' bytes at the rate at which L2 feeds an SM,
-whichever takes longer. All of it takes at least as long as memory needs for what must be read and written once.
+waves, of which kernels that halve tiles may end with half a one. A tile costs its FLOPs at the rate of a tensor core,
+or its operands' bytes at the rate at which L2 feeds an SM, whichever takes longer. All of it takes at least as long as
+memory needs for what must be read and written once.
 
 The model leaves out latency, epilogues and the change of tensor maps between experts, so it is a lower bound, and a
 useful one: it prunes variants whose least time is beyond what the best of the others could reasonably need.
@@ -55,7 +56,7 @@ class Cost:
     memory_us: float
     tiles_us: float
     tiles: int
-    waves: int
+    waves: float
 
     @property
     def us(self) -> float:
@@ -75,7 +76,6 @@ def cost(
     across = cluster_weights * math.ceil(n / (weight_tile * cluster_weights))
     tiles = across * sum(cluster_tokens * math.ceil(rows / (token_tile * cluster_tokens)) for rows in occupied)
     cluster_size = cluster_tokens * cluster_weights
-    waves = math.ceil(tiles / (sm_count // cluster_size * cluster_size))
 
     # Scales of 128x128 blocks are nothing beside the values, those of 16 or 32 are something.
     token_bytes, weight_bytes, tflops = (
@@ -83,10 +83,20 @@ def cost(
         if variant.weights == Weights.FP8_BLOCK
         else (2, variant.weights.bytes_per_value, roofs.bf16_tflops)
     )
-    tile_flops = 2 * token_tile * weight_tile * k
-    # A cluster reads what its blocks share once: the tokens of its weight tiles, the weights of its token tiles.
-    tile_bytes = k * (token_bytes * token_tile / cluster_weights + weight_bytes * weight_tile / cluster_tokens)
-    tile_us = sm_count * max(tile_flops / tflops, tile_bytes / roofs.l2_tbps) / 1e6
+
+    def us_of_tile(tokens: int) -> float:
+        flops = 2 * tokens * weight_tile * k
+        # A cluster reads what its blocks share once: the tokens of its weight tiles, the weights of its token tiles.
+        loaded = k * (token_bytes * tokens / cluster_weights + weight_bytes * weight_tile / cluster_tokens)
+        return sm_count * max(flops / tflops, loaded / roofs.l2_tbps) / 1e6
+
+    tile_us = us_of_tile(token_tile)
+    if variant.halves:
+        halves = across * sum(0 < rows % token_tile <= token_tile // 2 for rows in occupied)
+        half = us_of_tile(token_tile // 2) / tile_us
+        waves = math.ceil(2 * (tiles - halves + half * halves) / sm_count) / 2
+    else:
+        waves = math.ceil(tiles / (sm_count // cluster_size * cluster_size))
 
     memory_us = gemm_bytes(rows_per_expert, shape, variant.swiglu, variant.weights) / roofs.read_tbps / 1e6
     return Cost(memory_us, waves * tile_us, tiles, waves)

@@ -8,6 +8,7 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 
+#include "cute/arch/mma_sm90_gmma.hpp"
 #include "cutlass/arch/barrier.h"
 
 #include "abi.h"
@@ -29,6 +30,7 @@ constexpr int kStagingPad = 16;  // bytes between rows of the staged output: wit
 struct alignas(16) Tile {
   int group, first_row, rows;  // rows: how many of the tile's token rows are the group's
   int weight_tile;
+  bool half;                   // computed as Half<C>
 };
 
 // What a kernel does beside the product. kSwiglu: the tile holds 128 rows of gate and the same of up, and the epilogue
@@ -44,12 +46,16 @@ template <class Mma_, int kTokens_, int kWeights_, bool kSwapAB_, class Ends_>
 struct Config {
   using Mma = Mma_;
   static constexpr int kTokens = kTokens_, kWeights = kWeights_;
+  static constexpr bool kHalf = false;
+  static constexpr int kHalfRows = kSwapAB_ ? 0 : kTokens / 2;  // of half a tile: see Half
   static constexpr bool kSwapAB = kSwapAB_, kSwiglu = Ends_::kSwiglu, kGather = Ends_::kGather, kCombine = Ends_::kCombine;
   static constexpr int kColumns = kSwapAB ? kTokens : kBlock;  // of an instruction, whose rows are 64
   static constexpr int kMmas = kWeights / kBlock;              // instructions a warpgroup issues a step of K
   static constexpr int kAccumulators = kColumns / 2;           // registers of each
   // Blocks of weights that one tile takes from different places, each with a TMA load of its own.
   static constexpr int kWeightLoads = kSwiglu ? 2 : 1;
+  static constexpr int kTokenLoads = kHalfRows > 0 ? 2 : 1;
+  static constexpr int kMmasPerTurn = 1;
   // Output columns of a tile, and the bytes of one.
   static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights;
   static constexpr int kOutputBytes = kSwiglu ? 1 : 2;
@@ -75,14 +81,23 @@ struct Config {
     alignas(1024) uint8_t weights[kStages][kWeightBytes];
     alignas(16) uint8_t staging[kStagingBytes];
     alignas(16) float scales[kStages][kScales];  // of the tokens, then of the weights
-    alignas(16) float amax[2][kTokens];          // swapped SwiGLU; of the tile before may still be read: they take turns
-    MoeRowOrigin origins[kCombine ? kTokens : 1];// of the tile's rows
+    alignas(16) float amax[2][kTokens];          // of the tile before may still be read: they take turns
+    MoeRowOrigin origins[kCombine ? kTokens : 1];// of the staged rows
     Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages], scales_read[kStages];
     uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
-    int cumulative_tiles[kMaxGroups + 1];
+    int cumulative_items[kMaxGroups + 1];
   };
   static_assert(sizeof(SharedStorage) <= kSharedBytes);
+};
+
+// How a kernel computes a tile of few rows in half the time: the math warpgroups, which divide other tiles by rows, divide
+// every block of weights, so that a turn multiplies 64 rows by 64 of gate and 64 of up, as many products as of a whole tile.
+template <class C>
+struct Half : C {
+  using Mma = cute::SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>;
+  static constexpr bool kHalf = true;
+  static constexpr int kColumns = C::kColumns / 2, kAccumulators = C::kAccumulators / 2, kMmasPerTurn = C::kMmas;
 };
 
 struct Params {
@@ -90,6 +105,9 @@ struct Params {
   float const* token_scales;    // [rows, k/128]
   float const* weight_scales;   // [groups, n/128, k/128]
   int32_t const* expert_offsets;// [groups + 1]
+  int32_t* tiles_taken;
+  int32_t* output_done;         // as the next, in MoeGemmOperands
+  int32_t const* tokens_done;
   void* output;                 // bf16 [rows, n], or e4m3 [rows, n/2]; [T, n] to combine
   float* output_scales;         // [rows, n/2/128], with SwiGLU
   int groups, n, k;

@@ -16,20 +16,30 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t const*>(&pair);
 }
 
-// The row of a tile that a math thread stores; kTokens or more: none.
+// What a math thread stores of a tile: a row, or of half a tile one of the pieces that its warpgroup has of a row.
 template <class C>
-__device__ __forceinline__ int stored_row(int math_thread) {
-  if constexpr (C::kSwapAB) return math_thread;
-  int const lane = math_thread % 32;
-  return lane < 16 ? math_thread / 32 * 16 + lane : C::kTokens;
-}
+struct Stored {
+  static constexpr int kPieces = C::kHalf ? C::kOutputs / kBlock : 1, kColumns = C::kHalf ? kBlock / 2 : C::kOutputs;
+  int row, staged;         // of the tile, kTokens or more: none; of shared.staging
+  int piece = 0, column = 0;// of the tile
+  __device__ __forceinline__ explicit Stored(int math_thread) : row(math_thread), staged(math_thread) {
+    if constexpr (C::kSwapAB) return;
+    int const warp = math_thread / 32, lane = math_thread % 32;
+    piece = lane / 16;
+    staged = warp * 16 + lane % 16;
+    row = piece < kPieces ? (C::kHalf ? staged % C::kHalfRows : staged) : C::kTokens;
+    if (C::kHalf) column = piece * kBlock + warp / 4 * kColumns;
+  }
+};
 
 // Before a tile's product, which hides the time it takes.
 template <class C, class Params>
 __device__ __forceinline__ void load_origins(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread) {
   if constexpr (C::kCombine) {
-    int const row = stored_row<C>(math_thread);
-    if (row < tile.rows) cute::SM80_CP_ASYNC_CACHEALWAYS<uint64_t>::copy(reinterpret_cast<uint64_t const&>(p.row_origins[tile.first_row + row]), reinterpret_cast<uint64_t&>(shared.origins[row]));
+    Stored<C> const to(math_thread);
+    if (to.row < tile.rows && to.piece == 0) {
+      cute::SM80_CP_ASYNC_CACHEALWAYS<uint64_t>::copy(reinterpret_cast<uint64_t const&>(p.row_origins[tile.first_row + to.row]), reinterpret_cast<uint64_t&>(shared.origins[to.staged]));
+    }
   }
 }
 
@@ -45,14 +55,16 @@ __device__ __forceinline__ void add_bulk(void const* shared, void* global, int b
                : "memory");
 }
 
-// Starts the copy of one staged row of up to `C::kOutputs` columns; the thread waits for it before it stages that row again.
+// Starts the copy of what a thread stores; it waits for that before it stages the row again.
 template <class C, class Params>
-__device__ __forceinline__ void store_row(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, uint8_t const* staged, int row) {
-  if (row >= tile.rows) return;
-  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n, first = tile.weight_tile * C::kOutputs;
-  int64_t const to_row = C::kCombine ? shared.origins[row].token : tile.first_row + row;
+__device__ __forceinline__ void store_staged(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) {
+  Stored<C> const from(math_thread);
+  if (from.row >= tile.rows) return;
+  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n, first = tile.weight_tile * C::kOutputs + from.column;
+  int64_t const to_row = C::kCombine ? shared.origins[from.staged].token : tile.first_row + from.row;
   uint8_t* const to = static_cast<uint8_t*>(p.output) + (to_row * columns + first) * C::kOutputBytes;
-  int const bytes = min(int64_t(C::kOutputs), columns - first) * C::kOutputBytes;
+  int const bytes = min(int64_t(from.kColumns), columns - first) * C::kOutputBytes;
+  uint8_t const* const staged = shared.staging + from.staged * C::kStagingPitch + from.piece * from.kColumns * C::kOutputBytes;
   if constexpr (C::kCombine) {
     add_bulk(staged, to, bytes);
   } else {
@@ -60,23 +72,28 @@ __device__ __forceinline__ void store_row(Params const& p, typename C::SharedSto
   }
 }
 
-// Unswapped: a warp holds 16 whole rows, which it stages and stores by itself.
+// Unswapped: a warp holds 16 rows, whole or of half a tile the pieces of its warpgroup, which it stages and stores by itself.
 template <class C>
 struct WarpRows {
   static constexpr int kRows = 16;
-  uint8_t* staging;  // of the warp
-  int first;         // row of the tile
+  int staged, first;  // of the rows: the first of those staged, and which it is of the tile
+  uint8_t* staging;
   __device__ __forceinline__ WarpRows(typename C::SharedStorage& shared, int math_warp)
-      : staging(shared.staging + math_warp * kRows * C::kStagingPitch), first(math_warp * kRows) {}
-  __device__ __forceinline__ void begin() const {
-    cute::tma_store_wait<0>();
+      : staged(math_warp * kRows), first(C::kHalf ? staged % C::kHalfRows : staged), staging(shared.staging + staged * C::kStagingPitch) {}
+  // told: of a kernel that tells what is in memory, and then not only read from shared memory.
+  __device__ __forceinline__ void begin(bool told = false) const {
+    if (told) {
+      asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+    } else {
+      cute::tma_store_wait<0>();
+    }
     __syncwarp();
   }
   template <class Params>
   __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) const {
     cute::tma_store_fence();
     __syncwarp();
-    store_row<C>(p, shared, tile, staging + math_thread % 32 * C::kStagingPitch, stored_row<C>(math_thread));
+    store_staged<C>(p, shared, tile, math_thread);
     cute::tma_store_arrive();
   }
 };
@@ -92,8 +109,7 @@ struct BlockRows {
   static __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) {
     cute::tma_store_fence();
     sync_math_warps();
-    int const row = stored_row<C>(math_thread);
-    store_row<C>(p, shared, tile, shared.staging + row * C::kStagingPitch, row);
+    store_staged<C>(p, shared, tile, math_thread);
     cute::tma_store_arrive();
   }
 };
@@ -157,7 +173,7 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
     WarpRows<C> const rows(shared, warp);
     wait_for_origins<C>();
     rows.begin();
-    if constexpr (C::kCombine) weigh_rows<C>(shared.origins + rows.first, lane, sum);
+    if constexpr (C::kCombine) weigh_rows<C>(shared.origins + rows.staged, lane, sum);
     uint8_t* const row = rows.staging + (lane / 8 % 2 * 8 + lane % 8) * C::kStagingPitch;
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) {
@@ -165,7 +181,7 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
       for (int j = 0; j < C::kColumns / 8; j += 2) {
         float const* const v = &sum[h][4 * j];
         cute::SM90_U32x4_STSM_N::copy(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]),
-                                      at(row, h * kBlock + 8 * j + lane / 16 * 8));
+                                      at(row, h * C::kColumns + 8 * j + lane / 16 * 8));
       }
     }
     rows.finish(p, shared, tile, math_thread);

@@ -29,46 +29,61 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
   // Else every role waits before it reads what the predecessor writes.
   if (!p.offsets_ready) wait_for_predecessor();
   allow_successor_to_start();
-  count_tiles<C>(p, shared.cumulative_tiles);  // ends with a barrier of the block
+  count_items<C>(p, shared.cumulative_items);  // ends with a barrier of the block
 }
 
+// What math warps keep from tile to tile.
+template <int kStages>
+struct Progress {
+  Ring<kStages> stages;
+  Ring<2> amax_turn;
+  Done done;
+};
+
 template <class C>
-__device__ __forceinline__ void store(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
-                                      Ring<2>& turn, Accumulators<C>& sum) {
+__device__ __forceinline__ void compute_tile(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int blocks, int warpgroup,
+                                             Fragment const& at, Progress<C::kStages>& kept) {
+  int const math_thread = threadIdx.x - 128;
+  load_origins<C>(p, shared, tile, math_thread);
+  Accumulators<C> sum;
+  clear<C>(sum);
+  if constexpr (C::kSwapAB) {
+    multiply_in_flight<C>(blocks, shared, kept.stages, warpgroup, at, sum);
+  } else {
+    multiply_by_turns<C>(blocks, shared, kept.stages, warpgroup, at, sum);
+  }
   if constexpr (!C::kSwiglu) {
     store_tile<C>(p, shared, tile, math_thread, sum);
   } else if constexpr (C::kSwapAB) {
-    swiglu_columns<C>(p, shared, tile, math_thread, turn, sum);
+    swiglu_columns<C>(p, shared, tile, math_thread, kept.amax_turn, sum);
   } else {
-    swiglu_rows<C>(p, shared, tile, math_thread, sum);
+    swiglu_rows<C>(p, shared, tile, math_thread, kept.amax_turn, kept.done, sum);
   }
 }
 
 template <class C>
 __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::SharedStorage& shared, int warpgroup) {
-  int const math_thread = threadIdx.x - 128, blocks = p.k / kTileK;
+  int const blocks = p.k / kTileK;
   Fragment const at;
   Tiles<C> tiles(shared);
-  Ring<C::kStages> ring;
-  Ring<2> turn;
+  Progress<C::kStages> kept;
   Tile tile;
-  auto each_tile = [&](auto multiply) {
-    while (tiles.next(tile)) {
-      load_origins<C>(p, shared, tile, math_thread);
-      Accumulators<C> sum;
-      clear<C>(sum);
-      multiply(sum);
-      store<C>(p, shared, tile, math_thread, turn, sum);
-    }
-  };
   if constexpr (C::kSwapAB) {
-    each_tile([&](Accumulators<C>& sum) { multiply_in_flight<C>(blocks, shared, ring, warpgroup, at, sum); });
+    while (tiles.next(tile)) compute_tile<C>(p, shared, tile, blocks, warpgroup, at, kept);
   } else {
-    Turns const turns(warpgroup);
-    each_tile([&](Accumulators<C>& sum) { multiply_by_turns<C>(blocks, shared, ring, turns, at, sum); });
-    turns.finish();
+    if (warpgroup == 1) pass_turn(warpgroup);  // the first turn is warpgroup 0's
+    while (tiles.next(tile)) {
+      if (tile.half) {
+        compute_tile<Half<C>>(p, shared, tile, blocks, warpgroup, at, kept);
+      } else {
+        compute_tile<C>(p, shared, tile, blocks, warpgroup, at, kept);
+      }
+    }
+    if (warpgroup == 0) take_turn(warpgroup);  // the other's last pass
   }
   asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // staged rows must be read before the block ends
+  __syncwarp();
+  kept.done.tell(p.output_done);
 }
 
 template <class C>

@@ -39,11 +39,14 @@ template <class C>
 int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
   MoeGemmOperands const& o = gemm.operands;
   if (gemm.num_groups > kMaxGroups || gemm.n % C::kWeights || gemm.k % kTileK) return MOE_ERROR_CANNOT_IMPLEMENT;
-  if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kGather ? 1 : C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
+  if (!encode(p.tokens, o.tokens, 1, o.max_rows, gemm.k, C::kGather ? 1 : C::kTokens / C::kTokenLoads)) return MOE_ERROR_BAD_ARGUMENT;
   if (!encode(p.weights, o.weights, gemm.num_groups, gemm.n, gemm.k, C::kWeights / C::kWeightLoads)) return MOE_ERROR_BAD_ARGUMENT;
   p.token_scales = o.token_scales;
   p.weight_scales = o.weight_scales;
   p.expert_offsets = o.expert_offsets;
+  p.tiles_taken = o.tiles_taken;
+  p.output_done = o.output_done;
+  p.tokens_done = o.tokens_done;
   p.output = o.output;
   p.output_scales = o.output_scales;
   p.groups = gemm.num_groups;

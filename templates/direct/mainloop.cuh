@@ -63,8 +63,9 @@ struct Scales {
         tokens[2 * j + 1] = pair.y;
       }
     } else {
-      tokens[0] = scales[warpgroup * 64 + at.row];
-      tokens[1] = scales[warpgroup * 64 + at.row + 8];
+      int const row = (C::kHalf ? 0 : warpgroup * 64) + at.row;
+      tokens[0] = scales[row];
+      tokens[1] = scales[row + 8];
     }
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) weights[h] = scales[C::kTokens + h];
@@ -89,8 +90,8 @@ struct Stage {
 
   __device__ __forceinline__ Stage(typename C::SharedStorage& shared_, Ring<C::kStages> const& ring, int warpgroup)
       : shared(shared_), index(ring.stage),
-        a(operand((C::kSwapAB ? shared_.weights[index] : shared_.tokens[index]) + warpgroup * 64 * kTileK)),
-        b(operand(C::kSwapAB ? shared_.tokens[index] : shared_.weights[index])) {
+        a(operand((C::kSwapAB ? shared_.weights[index] : shared_.tokens[index]) + (C::kHalf ? 0 : warpgroup * 64 * kTileK))),
+        b(operand((C::kSwapAB ? shared_.tokens[index] : shared_.weights[index]) + (C::kHalf ? warpgroup * 64 * kTileK : 0))) {
     TileBarrier::wait(&shared.full[ring.stage], ring.phase);
   }
 
@@ -175,40 +176,38 @@ __device__ __forceinline__ void multiply_in_flight(int blocks, typename C::Share
 
 // Turns of the two math warpgroups at the tensor cores. Without them both end up in step: they multiply together, slower,
 // and then promote together, with the tensor cores idle.
-struct Turns {
-  int const warpgroup;
-  __device__ __forceinline__ explicit Turns(int warpgroup_) : warpgroup(warpgroup_) {
-    if (warpgroup == 1) pass();  // the first turn is warpgroup 0's
-  }
-  __device__ __forceinline__ void take() const { cutlass::arch::NamedBarrier::sync(kMathThreads, 1u + warpgroup); }
-  __device__ __forceinline__ void pass() const { cutlass::arch::NamedBarrier::arrive(kMathThreads, 1u + (warpgroup ^ 1)); }
-  __device__ __forceinline__ void finish() const {
-    if (warpgroup == 0) take();  // the other's last pass
-  }
-};
+__device__ __forceinline__ void take_turn(int warpgroup) { cutlass::arch::NamedBarrier::sync(kMathThreads, 1u + warpgroup); }
+__device__ __forceinline__ void pass_turn(int warpgroup) { cutlass::arch::NamedBarrier::arrive(kMathThreads, 1u + (warpgroup ^ 1)); }
 
 // sum = a tile's product, by turns.
 template <class C>
 __device__ __forceinline__ void multiply_by_turns(int blocks, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
-                                                  Turns const& turns, Fragment const& at, Accumulators<C>& sum) {
-  float part[C::kAccumulators];
+                                                  int warpgroup, Fragment const& at, Accumulators<C>& sum) {
+  constexpr int kPerTurn = C::kMmasPerTurn;
+  float part[kPerTurn][C::kAccumulators];
   Scales<C> scales;
   for (int block = 0; block < blocks; ++block) {
-    Stage<C> const stage(shared, ring, turns.warpgroup);
-    stage.load(scales, turns.warpgroup, at);  // while it waits for its turn
+    Stage<C> const stage(shared, ring, warpgroup);
+    stage.load(scales, warpgroup, at);  // while it waits for its turn
 #pragma unroll
-    for (int h = 0; h < C::kMmas; ++h) {
-      turns.take();
-      fence(part);
+    for (int first = 0; first < C::kMmas; first += kPerTurn) {
+      take_turn(warpgroup);
+#pragma unroll
+      for (int i = 0; i < kPerTurn; ++i) fence(part[i]);
       cute::warpgroup_arrive();
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) stage.multiply(h, step, part);
+      for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+        for (int i = 0; i < kPerTurn; ++i) stage.multiply(first + i, step, part[i]);
+      }
       cute::warpgroup_commit_batch();
-      turns.pass();
+      pass_turn(warpgroup);
       cute::warpgroup_wait<0>();
-      fence(part);
-      if (h == C::kMmas - 1) stage.release();
-      scales.promote(h, sum[h], part);
+#pragma unroll
+      for (int i = 0; i < kPerTurn; ++i) fence(part[i]);
+      if (first + kPerTurn == C::kMmas) stage.release();
+#pragma unroll
+      for (int i = 0; i < kPerTurn; ++i) scales.promote(first + i, sum[first + i], part[i]);
     }
     ring.advance();
   }

@@ -24,12 +24,22 @@ constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVIC
 template <class C>
 __device__ __forceinline__ void load_weights(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int stage, int k) {
   constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
-  TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kWeightBytes + (C::kGather ? tile.rows * kTileK : C::kTokenBytes));
+  int const token_bytes = C::kGather ? tile.rows * kTileK : tile.rows > C::kHalfRows ? C::kTokenBytes : C::kTokenBytes / C::kTokenLoads;
+  TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kWeightBytes + token_bytes);
 #pragma unroll
   for (int part = 0; part < C::kWeightLoads; ++part) {
     cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint<C>, shared.weights[stage] + part * kLoadBytes, k,
                                  weight_row<C>(p, tile, part), tile.group);
   }
+}
+
+// Before a block's first tokens; for those of later tiles, who lists them has waited.
+template <class C>
+__device__ __forceinline__ void wait_for_first_tokens(Params const& p, Tile const& tile) {
+  if constexpr (C::kHalfRows > 0 && C::kCombine) {
+    if (p.tokens_done) return wait_for_tokens(p, tile.group);
+  }
+  wait_for_predecessor();
 }
 
 // Calls load_tokens(stage, k) for every K tile of every tile, and begin(tile) before. Of the first tile, weights come as
@@ -45,7 +55,7 @@ __device__ __forceinline__ void produce(Params const& p, typename C::SharedStora
   if (leads) {
     for (int stage = 0; stage < ahead; ++stage) load_weights<C>(p, shared, tile, stage, stage * kTileK);
   }
-  wait_for_predecessor();
+  if (more) wait_for_first_tokens<C>(p, tile);
   for (; more; more = tiles.next(tile)) {
     begin(tile);
     for (int k = 0; k < p.k; k += kTileK) {
@@ -59,13 +69,19 @@ __device__ __forceinline__ void produce(Params const& p, typename C::SharedStora
       ring.advance();
     }
   }
+  wait_for_predecessor();  // so that no block ends before
 }
 
 // By one thread.
 template <class C>
 __device__ __forceinline__ void produce_tiles(Params const& p, typename C::SharedStorage& shared) {
   produce<C>(p, shared, true, [](Tile const&) {}, [&](Tile const& tile, int stage, int k) {
-    cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage], k, tile.first_row, 0);
+    constexpr int kRows = C::kTokens / C::kTokenLoads;
+#pragma unroll
+    for (int row = 0; row < C::kTokens; row += kRows) {
+      if (row >= tile.rows) break;
+      cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage] + row * kTileK, k, tile.first_row + row, 0);
+    }
   });
 }
 
@@ -98,11 +114,12 @@ __device__ __forceinline__ void produce_scales(Params const& p, typename C::Shar
   using Copy = cute::SM80_CP_ASYNC_CACHEALWAYS<float>;
   constexpr int kRows = ceil_div(C::kTokens, 32);
   int const lane = threadIdx.x % 32, k_blocks = p.k / kTileK;
-  wait_for_predecessor();
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;
-  while (tiles.next(tile)) {
+  bool more = tiles.next(tile);
+  if (more) wait_for_first_tokens<C>(p, tile);
+  for (; more; more = tiles.next(tile)) {
     float const* tokens[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

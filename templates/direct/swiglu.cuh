@@ -24,11 +24,23 @@ __device__ __forceinline__ uint2 gather_group(uint32_t groups01, uint32_t groups
   return make_uint2(__byte_perm(even_lanes, odd_lanes, 0x5410), __byte_perm(even_lanes, odd_lanes, 0x7632));
 }
 
-// Unswapped: a quad of lanes has the 128 columns of a row's block.
+// What a warp's last epilogue left on its way to memory. The next one tells GEMM2, which may wait for it: to wait for it at
+// once would cost every tile that time.
+struct Done {
+  int group = 0, pieces = 0;  // of 64 activations
+  // By warps whose lanes know their share to be there.
+  __device__ __forceinline__ void tell(int32_t* output_done) const {
+    if (output_done && pieces > 0 && threadIdx.x % 32 == 0) {
+      asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(output_done + group), "r"(pieces) : "memory");
+    }
+  }
+};
+
+// Unswapped: a quad of lanes has the 128 columns of a row's block, or half of them.
 template <class C>
 __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
-                                            Accumulators<C>& sum) {
-  int const lane = math_thread % 32;
+                                            Ring<2>& turn, Done& done, Accumulators<C>& sum) {
+  int const lane = math_thread % 32, warpgroup = math_thread / 128;
   WarpRows<C> const rows(shared, math_thread / 32);
   float* const v = sum[0];
   float amax[2] = {0.0f, 0.0f};  // of the thread's two rows
@@ -37,11 +49,24 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
     v[i] = swiglu(v[i], sum[1][i], p.clamp_limit);
     amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(v[i]));
   }
-  rows.begin();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) amax[half] = lanes_max<4, 1>(amax[half]);
+  if constexpr (C::kHalf) {
+    float* const of_row = shared.amax[turn.stage] + rows.first + lane / 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) of_row[warpgroup * C::kHalfRows + half * 8] = amax[half];
+    sync_math_warps();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) amax[half] = fmaxf(amax[half], of_row[(warpgroup ^ 1) * C::kHalfRows + half * 8]);
+    turn.advance();
+  }
+  rows.begin(p.output_done != nullptr);
+  done.tell(p.output_done);
+  done = {tile.group, min(max(tile.rows - rows.first, 0), rows.kRows) * (C::kHalf ? 1 : kBlock / 64)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = lane / 4 + half * 8;
-    BlockScale const block(lanes_max<4, 1>(amax[half]));
+    BlockScale const block(amax[half]);
     uint8_t* const staged = rows.staging + row * C::kStagingPitch + lane % 4 * 8;
 #pragma unroll
     for (int j = 0; j < C::kColumns / 8; j += 4) {
@@ -50,7 +75,7 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
       for (int i = 0; i < 4; ++i) pair[i] = block.quantise(v[4 * (j + i) + 2 * half], v[4 * (j + i) + 2 * half + 1]);
       *reinterpret_cast<uint2*>(staged + 8 * j) = gather_group(pair[0] | pair[1] << 16, pair[2] | pair[3] << 16, lane);
     }
-    if (lane % 4 == 0 && rows.first + row < tile.rows) {
+    if (lane % 4 == 0 && (!C::kHalf || warpgroup == 0) && rows.first + row < tile.rows) {
       p.output_scales[int64_t(tile.first_row + rows.first + row) * (p.n / 2 / kBlock) + tile.weight_tile] = block.scale;
     }
   }

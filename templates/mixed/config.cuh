@@ -33,8 +33,8 @@ struct Config {
   static constexpr int kSteps = kSlices == 1 ? 2 : 4;
 
   // As the direct kernels' epilogue knows a tile.
-  static constexpr bool kSwapAB = true, kSwiglu = Ends_::kSwiglu, kCombine = Ends_::kCombine;
-  static constexpr int kMmas = 1;
+  static constexpr bool kSwapAB = true, kHalf = false, kSwiglu = Ends_::kSwiglu, kCombine = Ends_::kCombine;
+  static constexpr int kMmas = 1, kHalfRows = 0;
   static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights, kOutputBytes = 2;
   // Blocks of activations that a row of the tile may have amaxes of: nvfp4's of 16 are the shortest.
   static constexpr int kRowBlocks = kSwiglu ? kOutputs / 16 : 1;
@@ -66,7 +66,7 @@ struct Config {
     Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages];
     uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
-    int cumulative_tiles[kMaxGroups + 1];
+    int cumulative_items[kMaxGroups + 1];
   };
   static_assert(sizeof(SharedStorage) <= direct::kSharedBytes / kBlocksPerSm - kReservedBytes);
 };

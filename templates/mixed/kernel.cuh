@@ -31,7 +31,7 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
   // Else every role waits before it reads what the predecessor writes.
   if (!p.offsets_ready) wait_for_predecessor();
   allow_successor_to_start();
-  direct::count_tiles<C>(p, shared.cumulative_tiles);  // ends with a barrier of the block
+  direct::count_items<C>(p, shared.cumulative_items);  // ends with a barrier of the block
 }
 
 // What becomes of the thread's two rows of weights once they are multiplied; read before, while the loads are awaited.

@@ -5,10 +5,10 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 template <MoeTokens kTokens>
-__global__ void __launch_bounds__(kThreads) gather_kernel(GatherParams p, int32_t const* permuted_row) {
+__global__ void __launch_bounds__(kThreads, 10) gather_kernel(GatherParams p, int32_t const* permuted_row) {
   allow_successor_to_start();
   wait_for_predecessor();
   gather_unit<kTokens>(p, blockIdx.x * kThreads + threadIdx.x, permuted_row, p.input_weights);

@@ -31,7 +31,7 @@ inline GatherParams gather_params(MoeLayer const& layer, Buffers const& b) {
   return {layer.hidden_states, layer.hidden_states_scale, layer.hidden_states_stride, layer.scale_token_stride, layer.scale_block_stride,
           weighs_input(layer) ? layer.topk_weights : nullptr, rows,
           layer.input_scale_inverse, layer.num_tokens, layer.top_k, layer.hidden_states_dtype != MOE_DTYPE_BF16,
-          b.rows_by_token, b.output_to_zero, layer.messages, message_slots};
+          b.rows_by_token, b.zeroed_by_gather, layer.messages, message_slots};
 }
 
 // Threads that the stage needs: each encodes 16 values and writes them to the row of each of the token's local slots, or
@@ -77,31 +77,47 @@ __device__ __forceinline__ void store_slots(GatherParams const& p, int64_t row, 
   }
 }
 
+// A unit's share of the zeros where GEMM2 will add. By warps: each of their stores is to adjacent bytes.
+__device__ __forceinline__ void zero_unit(GatherParams const& p, int unit) {
+  if (!p.output_to_zero) return;
+  uint32_t const lane = threadIdx.x % 32, first = 2 * (unit - lane) + lane, end = 2u * p.num_tokens * (p.rows.width / kValuesPerThread);
+  auto* const output = reinterpret_cast<uint4*>(p.output_to_zero);
+  if (first < end) output[first] = uint4{};
+  if (first + 32 < end) output[first + 32] = uint4{};
+}
+
 // Must be reached by whole warps. permuted_row[token * top_k + j], in global or shared memory, is a slot's row or -1;
 // input_weights as in the params.
 template <MoeTokens kTokens>
 __device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int32_t const* permuted_row, float const* input_weights) {
+  constexpr int kBatch = 8; // rows looked up together: one by one, each store would wait for its own
   int const chunks = p.rows.width / kValuesPerThread;
   int const token = unit / chunks, chunk = unit % chunks;
   int32_t const* const slots = permuted_row + int64_t(token) * p.top_k;
+  int const top_k = token < p.num_tokens ? p.top_k : 0;
+  int row[kBatch];
   bool local = false;
-  if (token < p.num_tokens) {
-    for (int j = 0; j < p.top_k; ++j) local |= slots[j] >= 0;
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) {
+    row[i] = i < top_k ? slots[i] : -1;
+    local |= row[i] >= 0;
   }
+  for (int j = kBatch; j < top_k; ++j) local |= slots[j] >= 0;
   Piece<kTokens> const piece = gather_piece<kTokens>(p, token, chunk, local, input_weights ? input_weights + token : nullptr);
-  if (p.output_to_zero && token < p.num_tokens) {
-    auto* const output = reinterpret_cast<uint4*>(p.output_to_zero + int64_t(unit) * kValuesPerThread);
-    output[0] = output[1] = uint4{};
-  }
+  __syncwarp(); // the output may be the input: all lanes have read theirs
+  zero_unit(p, unit);
   if (!local) return;
   if (p.by_token) return piece.store(p.rows, token, chunk);
-  for (int j = 0; j < p.top_k; ++j) {
-    if (slots[j] < 0) continue;
-    piece.store(p.rows, slots[j], chunk);
+  auto store = [&](int to) {
+    if (to < 0) return;
+    piece.store(p.rows, to, chunk);
     if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK || kTokens == MOE_TOKENS_BF16) {  // in which rows travel; see messages_fit
-      if (p.message_slots) store_slots(p, slots[j], token, chunk, chunks);
+      if (p.message_slots) store_slots(p, to, token, chunk, chunks);
     }
-  }
+  };
+#pragma unroll
+  for (int i = 0; i < kBatch; ++i) store(row[i]);
+  for (int j = kBatch; j < top_k; ++j) store(slots[j]);
 }
 
 }  // namespace moe

@@ -15,6 +15,7 @@ constexpr int kMaxExperts = 1024;
 
 struct Buffers {
   int32_t* expert_offsets;
+  int32_t *tiles_taken, *activations_done; // [2], one a GEMM; [num_local_experts]: MoeGemmOperands::output_done
   int32_t* permuted_row;
   MoeRowOrigin* row_origins;
   uint8_t* rows;
@@ -26,7 +27,7 @@ struct Buffers {
   MoeGroupMetadata gemm1, gemm2;
   void* gemm_workspace;
   bool rows_by_token;          // GEMM1 gathers
-  __nv_bfloat16* output_to_zero; // GEMM2 combines; else null
+  __nv_bfloat16 *zeroed_by_permute, *zeroed_by_gather; // the output, where GEMM2 adds to it; else null
 };
 
 // Whether topk_weights multiply what experts read, not what they give.
@@ -36,6 +37,7 @@ inline bool weighs_input(MoeLayer const& layer) { return layer.routing_method ==
 inline int gemm1_width(MoeLayer const& layer) { return (layer.activation == MOE_ACTIVATION_RELU2 ? 1 : 2) * layer.intermediate_size; }
 
 cudaError_t route(MoeLayer const& layer);
+bool permutes_by_cluster(MoeLayer const& layer);
 cudaError_t permute(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t gather(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t activate(MoeLayer const& layer, Buffers const& buffers);

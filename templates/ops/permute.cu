@@ -37,9 +37,12 @@ struct PermuteParams {
   MoeRowOrigin* row_origins;
   float const* weights; // of slots; null: 1
   int32_t* expert_offsets;
+  int32_t *tiles_taken, *activations_done;
   int num_slots, top_k, first_expert, num_experts, counting_warps;
   bool fp8_block; // whose kernels alone read metadata
   GemmOperands gemm1, gemm2;
+  uint4* zeros; // where to write them, or null
+  int64_t num_zeros;
 };
 
 __device__ void write_metadata(GemmOperands const& g, int expert, int first_row, int rows) {
@@ -141,7 +144,12 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
     first_row[expert] = before + rows_of_earlier_blocks;
     if (publish) {
       p.expert_offsets[expert] = before;
-      if (expert == p.num_experts - 1) p.expert_offsets[p.num_experts] = before + rows;
+      p.activations_done[expert] = 0;
+      if (expert < 2) p.tiles_taken[expert] = 0;
+      if (expert == p.num_experts - 1) {
+        p.expert_offsets[p.num_experts] = before + rows;
+        p.tiles_taken[1] = 0; // also of one expert alone
+      }
       if (p.fp8_block) {
         write_metadata(p.gemm1, expert, before, rows);
         write_metadata(p.gemm2, expert, before, rows);
@@ -165,8 +173,15 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
 __global__ void __launch_bounds__(kThreads, 1) permute_kernel(__grid_constant__ PermuteParams const p) {
   allow_successor_to_start();
   wait_for_predecessor();
-  sort_slots(p, p.ids, blockIdx.x, gridDim.x, p.permuted_row, p.row_origins, blockIdx.x == 0);
-  cooperative_groups::this_cluster().sync(); // a block's shared memory must outlive the others' reads
+  auto const cluster = cooperative_groups::this_cluster();
+  int const sorting_blocks = cluster.num_blocks(), block = blockIdx.x;
+  if (block >= sorting_blocks) {
+    int64_t const stride = (int64_t(gridDim.x) - sorting_blocks) * kThreads;
+    for (int64_t i = (block - sorting_blocks) * kThreads + threadIdx.x; i < p.num_zeros; i += stride) p.zeros[i] = uint4{};
+    return;
+  }
+  sort_slots(p, p.ids, block, sorting_blocks, p.permuted_row, p.row_origins, block == 0);
+  cluster.sync(); // a block's shared memory must outlive the others' reads
 }
 
 // kRouteItems: experts a lane has to choose from, 0 where the ids are ready.
@@ -205,6 +220,8 @@ PermuteParams permute_params(MoeLayer const& layer, Buffers const& b) {
   p.permuted_row = b.permuted_row;
   p.row_origins = b.row_origins;
   p.expert_offsets = b.expert_offsets;
+  p.tiles_taken = b.tiles_taken;
+  p.activations_done = b.activations_done;
   p.weights = weighs_input(layer) ? nullptr : layer.topk_weights;
   p.top_k = layer.top_k;
   p.num_slots = layer.num_tokens * layer.top_k;
@@ -216,6 +233,8 @@ PermuteParams permute_params(MoeLayer const& layer, Buffers const& b) {
              b.gemm1_output, 2 * layer.intermediate_size, layer.hidden_size};
   p.gemm2 = {b.gemm2, b.activation, b.activation_scales, static_cast<uint8_t const*>(layer.gemm2_weights), layer.gemm2_weights_scale,
              b.gemm2_output, layer.hidden_size, layer.intermediate_size};
+  p.zeros = reinterpret_cast<uint4*>(b.zeroed_by_permute);
+  p.num_zeros = b.zeroed_by_permute ? int64_t(layer.num_tokens) * layer.hidden_size / 8 : 0;
   return p;
 }
 
@@ -234,14 +253,17 @@ static_assert(kTokensOfEveryBlock * kExpertsOfEveryBlock * sizeof(float) <= kCou
 
 }  // namespace
 
+bool permutes_by_cluster(MoeLayer const& layer) { return layer.num_tokens * layer.top_k > kSlotsOfEveryBlock; }
+
 cudaError_t permute(MoeLayer const& layer, Buffers const& b) {
   PermuteParams const p = permute_params(layer, b);
-  int const blocks = p.num_slots > kSlotsOfEveryBlock ? kClusterBlocks : 1;
-  return launch_in_clusters(permute_kernel, blocks, blocks, kThreads, counts_bytes(p), layer.stream, p);
+  int const cluster = permutes_by_cluster(layer) ? kClusterBlocks : 1;
+  int const blocks = p.zeros ? max(layer.sm_count / cluster, 2) * cluster : cluster;
+  return launch_in_clusters(permute_kernel, blocks, cluster, kThreads, counts_bytes(p), layer.stream, p);
 }
 
 cudaError_t permute_and_gather(MoeLayer const& layer, Buffers const& b) {
-  if (layer.num_tokens * layer.top_k <= kSlotsOfEveryBlock) return launch_permute_and_gather<0>(layer, b);
+  if (!permutes_by_cluster(layer)) return launch_permute_and_gather<0>(layer, b);
   cudaError_t const status = permute(layer, b);
   return status == cudaSuccess ? gather(layer, b) : status;
 }
