@@ -15,13 +15,13 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.tokens));
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.weights));
     for (int stage = 0; stage < C::kStages; ++stage) {
-      PlainBarrier::init(&shared.full[stage], 1 + 32);  // the thread that loads tiles, the warp that loads scales
+      PlainBarrier::init(&shared.full[stage], 1 + 1 + 32);  // who loads weights, who tokens, the warp that loads scales
       PlainBarrier::init(&shared.empty[stage], kMathWarps);
       PlainBarrier::init(&shared.scales_read[stage], kMathThreads);
     }
     for (int tile = 0; tile < kTilesAhead; ++tile) {
       PlainBarrier::init(&shared.tile_ready[tile], 1);
-      PlainBarrier::init(&shared.tile_read[tile], (C::kGather ? 32 : 1) + 32 + kMathThreads);
+      PlainBarrier::init(&shared.tile_read[tile], 1 + (C::kGather ? 32 : 1) + 32 + kMathThreads);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -100,12 +100,14 @@ __global__ void __launch_bounds__(kThreads, C::kBlocksPerSm) grouped_gemm(__grid
       if constexpr (C::kGather) {
         produce_gathered<C>(p, shared, lane);
       } else {
-        if (lane == 0) produce_tiles<C>(p, shared);
+        if (lane == 0) produce_tokens<C>(p, shared);
       }
     } else if (warp == 1) {
       produce_scales<C>(p, shared);
     } else if (warp == 2) {
       if (lane == 0) list_tiles<C>(p, shared);
+    } else if (lane == 0) {
+      produce_weights<C>(p, shared);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<C::kMathRegisters>();

@@ -1,4 +1,4 @@
-// The producer warpgroup: one thread feeds tiles by TMA, one warp feeds scales.
+// The producer warpgroup: one thread feeds weights by TMA, one tokens, or a warp that gathers, and one warp scales.
 #pragma once
 #include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90_desc.hpp"
@@ -21,18 +21,6 @@ template <class C>
 constexpr auto kWeightHint = static_cast<uint64_t>(C::kSwapAB ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL);
 constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_LAST);
 
-template <class C>
-__device__ __forceinline__ void load_weights(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int stage, int k) {
-  constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
-  int const token_bytes = C::kGather ? tile.rows * kTileK : tile.rows > C::kHalfRows ? C::kTokenBytes : C::kTokenBytes / C::kTokenLoads;
-  TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kWeightBytes + token_bytes);
-#pragma unroll
-  for (int part = 0; part < C::kWeightLoads; ++part) {
-    cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint<C>, shared.weights[stage] + part * kLoadBytes, k,
-                                 weight_row<C>(p, tile, part), tile.group);
-  }
-}
-
 // Before a block's first tokens; for those of later tiles, who lists them has waited.
 template <class C>
 __device__ __forceinline__ void wait_for_first_tokens(Params const& p, Tile const& tile) {
@@ -42,47 +30,54 @@ __device__ __forceinline__ void wait_for_first_tokens(Params const& p, Tile cons
   wait_for_predecessor();
 }
 
-// Calls load_tokens(stage, k) for every K tile of every tile, and begin(tile) before. Of the first tile, weights come as
-// many stages ahead as there are before tokens do: they do not depend on the predecessor, whose last thread blocks still
-// multiply. `leads`: of the threads that come here, the one that loads weights.
-template <class C, class Begin, class LoadTokens>
-__device__ __forceinline__ void produce(Params const& p, typename C::SharedStorage& shared, bool leads, Begin begin, LoadTokens load_tokens) {
+// Calls first(tile) once, begin(tile) for every tile, and load(tile, stage, k) for every K tile once its stage is free.
+template <class C, class First, class Begin, class Load>
+__device__ __forceinline__ void fill_stages(Params const& p, typename C::SharedStorage& shared, First first, Begin begin, Load load) {
   Tiles<C> tiles(shared);
   Ring<C::kStages> ring;
   Tile tile;
   bool more = tiles.next(tile);
-  int ahead = more ? min(C::kStages, p.k / kTileK) : 0;
-  if (leads) {
-    for (int stage = 0; stage < ahead; ++stage) load_weights<C>(p, shared, tile, stage, stage * kTileK);
-  }
-  if (more) wait_for_first_tokens<C>(p, tile);
+  if (more) first(tile);
   for (; more; more = tiles.next(tile)) {
     begin(tile);
     for (int k = 0; k < p.k; k += kTileK) {
-      if (ahead > 0) {
-        --ahead;
-      } else {
-        PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
-        if (leads) load_weights<C>(p, shared, tile, ring.stage, k);
-      }
-      load_tokens(tile, ring.stage, k);
+      PlainBarrier::wait(&shared.empty[ring.stage], ring.phase ^ 1);
+      load(tile, ring.stage, k);
       ring.advance();
     }
   }
-  wait_for_predecessor();  // so that no block ends before
 }
 
-// By one thread.
+// By one thread. Of the first tile, weights come as many stages ahead as there are before tokens do: they do not depend on
+// the predecessor, whose last thread blocks still multiply.
 template <class C>
-__device__ __forceinline__ void produce_tiles(Params const& p, typename C::SharedStorage& shared) {
-  produce<C>(p, shared, true, [](Tile const&) {}, [&](Tile const& tile, int stage, int k) {
+__device__ __forceinline__ void produce_weights(Params const& p, typename C::SharedStorage& shared) {
+  auto nothing = [](Tile const&) {};
+  fill_stages<C>(p, shared, nothing, nothing, [&](Tile const& tile, int stage, int k) {
+    constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
+    TileBarrier::arrive_and_expect_tx(&shared.full[stage], C::kWeightBytes);
+#pragma unroll
+    for (int part = 0; part < C::kWeightLoads; ++part) {
+      cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint<C>, shared.weights[stage] + part * kLoadBytes, k,
+                                   weight_row<C>(p, tile, part), tile.group);
+    }
+  });
+}
+
+// By one thread, another than loads weights: where few stages fit, a stage must not wait until one has asked for all of it.
+template <class C>
+__device__ __forceinline__ void produce_tokens(Params const& p, typename C::SharedStorage& shared) {
+  auto wait = [&](Tile const& tile) { wait_for_first_tokens<C>(p, tile); };
+  fill_stages<C>(p, shared, wait, [](Tile const&) {}, [&](Tile const& tile, int stage, int k) {
     constexpr int kRows = C::kTokens / C::kTokenLoads;
+    TileBarrier::arrive_and_expect_tx(&shared.full[stage], tile.rows > C::kHalfRows ? C::kTokenBytes : C::kTokenBytes / C::kTokenLoads);
 #pragma unroll
     for (int row = 0; row < C::kTokens; row += kRows) {
       if (row >= tile.rows) break;
       cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage] + row * kTileK, k, tile.first_row + row, 0);
     }
   });
+  wait_for_predecessor();  // so that no block ends before
 }
 
 // By one warp: each lane loads rows of tokens one by one. The swizzle follows from the address in shared memory, so
@@ -91,6 +86,7 @@ template <class C>
 __device__ __forceinline__ void produce_gathered(Params const& p, typename C::SharedStorage& shared, int lane) {
   constexpr int kRows = ceil_div(C::kTokens, 32);
   int token[kRows];
+  auto wait = [&](Tile const& tile) { wait_for_first_tokens<C>(p, tile); };
   auto begin = [&](Tile const& tile) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -98,14 +94,16 @@ __device__ __forceinline__ void produce_gathered(Params const& p, typename C::Sh
       token[i] = row < tile.rows ? p.row_origins[tile.first_row + row].token : -1;
     }
   };
-  produce<C>(p, shared, lane == 0, begin, [&](Tile const&, int stage, int k) {
+  fill_stages<C>(p, shared, wait, begin, [&](Tile const& tile, int stage, int k) {
     // A row's bytes may arrive before they are announced: the count of a barrier's phase goes below zero and back.
+    if (lane == 0) TileBarrier::arrive_and_expect_tx(&shared.full[stage], tile.rows * kTileK);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (token[i] < 0) continue;
       cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[stage], kTokenHint, shared.tokens[stage] + (32 * i + lane) * kTileK, k, token[i], 0);
     }
   });
+  wait_for_predecessor();
 }
 
 // By one warp. cp.async, because scales of neighbouring rows are k/128 floats apart and rows start anywhere.
