@@ -28,6 +28,7 @@ from .cli_options import (
     SeedOption,
     SmallOption,
     err,
+    load_placements,
     named_config,
     named_executor,
     out,
@@ -39,7 +40,6 @@ from .errors import InvalidArgument, MoEError
 from .executors.base import GEMMS, MoEProblem
 from .kernels import library_path
 from .parallel import Parallel
-from .placement import Placements, read_digest
 from .tables import plan_table
 from .trial_run import run_once
 from .tuning import Plan
@@ -99,14 +99,15 @@ def tune(
     Started by torchrun, with one process a GPU, the processes share the work and rank 0 writes the plan.
     """
     layout = Parallel.parse(parallel, rank)
-    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
+    placements = load_placements(placement)
+    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placements), layout)
     chosen = default_distribution() if distribution is None else check_distribution(distribution)
     if launched() and device != "cpu":
         use_local_gpu()
     executor = named_executor(device)
     other = [dispatch] * (dispatch != DISPATCH) + [objective] * (objective != "mean")
     other += [] if format is None else [format]
-    other += [] if placement is None else ["placed", read_digest(str(placement))]
+    other += [] if placements is None else ["placed", placements.digest()]
     path = output or _plan_path(problem, [chosen, *other], max_tokens, executor.device_name)
     weights = random_weights(problem, seed, executor.name)
     settings: dict[str, Any] = {
@@ -156,12 +157,12 @@ def run(
 ) -> None:
     """Run one layer on random weights and rows; print its time and its error against a float64 reference."""
     layout = Parallel.parse(parallel, rank)
-    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
+    placements = load_placements(placement)
+    problem = MoEProblem(placed_config(named_config(model, format, scale, small), layout, placements), layout)
     tuned = None if plan is None else Plan.load(plan)
     executor = named_executor(device)
     if tuned is not None:
         tuned.require(problem, executor.device_name, executor.library_hash)
-    placements = None if placement is None else Placements.load(placement)
     weights = random_weights(problem, seed, executor.name)
     result = run_once(problem, weights, tuned, tokens, seed, placements)
     if as_json:

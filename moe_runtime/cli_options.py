@@ -68,11 +68,15 @@ def named_config(model: str, format: str | None, scale: int, small: bool) -> MoE
     return config if scale == 1 else machine.scaled_by(config, scale)
 
 
-def placed_config(config: MoEConfig, parallel: Parallel, placement: Path | None) -> MoEConfig:
-    """The layer with an expert for each slot of --placement; as it is without one. Raises InvalidArgument."""
-    if placement is None:
+def load_placements(placement: Path | None) -> Placements | None:
+    """Those of --placement, if it was given. Raises InvalidArgument."""
+    return None if placement is None else Placements.load(placement)
+
+
+def placed_config(config: MoEConfig, parallel: Parallel, placements: Placements | None) -> MoEConfig:
+    """The layer with an expert for each slot of the placements; as it is without any. Raises InvalidArgument."""
+    if placements is None:
         return config
-    placements = Placements.load(placement)
     physical = physical_config(config, placements)
     placements.check_problem(physical, parallel)
     return physical

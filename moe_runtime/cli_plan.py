@@ -23,6 +23,7 @@ from .cli_options import (
     ScaleOption,
     SmallOption,
     err,
+    load_placements,
     named_config,
     named_executor,
     out,
@@ -243,7 +244,8 @@ def _problem(
     if model is None or parallel is None:
         return None
     layout = Parallel.parse(parallel)
-    return MoEProblem(placed_config(named_config(model, format, scale, small), layout, placement), layout)
+    config = named_config(model, format, scale, small)
+    return MoEProblem(placed_config(config, layout, load_placements(placement)), layout)
 
 
 def _layer(key: PlanKey) -> str:
