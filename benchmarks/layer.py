@@ -72,8 +72,8 @@ class Point:
     """One number of tokens: microseconds of the layer and its stages, tactics, bytes by stage."""
 
     times: dict[str, float]
-    tactics: list[str]
-    default_tactics: list[str]
+    tactics: TacticPair
+    default_tactics: TacticPair
     rows: int
     traffic: dict[str, int]
 
@@ -89,16 +89,16 @@ def measure(executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights,
     output = torch.empty_like(x)
     workspace = torch.empty(executor.workspace_bytes(shape, n), dtype=torch.uint8, device="cuda")
 
-    def call(stages: Stage, names: list[str], inputs: LayerInputs = ready) -> Callable[[], None]:
-        args = executor.arguments(shape, weights, inputs, (names[0], names[1]), output, workspace)
+    def call(stages: Stage, names: TacticPair, inputs: LayerInputs = ready) -> Callable[[], None]:
+        args = executor.arguments(shape, weights, inputs, names, output, workspace)
         return lambda: executor.launch(args, stages)
 
-    calls = {"layer": call(LAYER, tactics), "default": call(LAYER, list(default))}
+    calls = {"layer": call(LAYER, tactics), "default": call(LAYER, default)}
     # Routing over all experts makes another workload than a balanced one, so only its own stage is timed.
     calls["route"] = call(Stage.ROUTE, tactics, LayerInputs(x, routing_logits=logits))
     rows = executor.leaving_rows(default[1])  # leaves activation and combine to kernels of their own
     alone = {
-        name: call(stage, [rows, rows] if name in ("activation", "combine") else tactics)
+        name: call(stage, (rows, rows) if name in ("activation", "combine") else tactics)
         for name, stage in STAGES.items()
         if name != "gemm2"
     }
@@ -106,7 +106,7 @@ def measure(executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights,
     alone["gemm2"] = call(Stage.GEMM2 | Stage.COMBINE if combines else Stage.GEMM2, tactics)
     times = time_rested(calls) | time_graphs(alone)
     traffic = {str(stage.name).lower(): size for stage, size in stage_bytes(shape, workload).items()}
-    return Point(times, tactics, list(default), workload.local_slots, traffic)
+    return Point(times, tactics, default, workload.local_slots, traffic)
 
 
 def main(
@@ -158,12 +158,12 @@ def main(
 
 def _fastest(
     executor: CudaExecutor, shape: MoEProblem, weights: FP8BlockWeights, workload: Workload, default: TacticPair
-) -> list[str]:
+) -> TacticPair:
     """Of the fastest three of either GEMM and the default: whole layers differ from what their GEMMs add up to."""
     one, other = (_contenders(executor, shape, weights, workload, gemm) for gemm in GEMMS)
     pairs = dict.fromkeys([*product(one, other), default])
     times = executor.layer_trial(shape, weights, workload, seed=0).time(list(pairs), 15)
-    return list(min(times, key=lambda pair: statistics.median(times[pair])))
+    return min(times, key=lambda pair: statistics.median(times[pair]))
 
 
 def _contenders(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,18 +125,20 @@ def test_tiles_and_waves_by_hand() -> None:
     assert found.tiles_us == pytest.approx(4 * 10 * (16 + 128) * 1024 / H200.l2_tbps / 1e6)
 
 
-def test_halves_of_tiles_by_hand() -> None:
-    """Two whole tiles and two of at most 64 rows, each times 2 of 256 weights: 8, of which L2 gives a half 5/6 of the
-    bytes of a whole one, while it multiplies half as much."""
-    direct = variant((128, 256), name="sm90a_fp8_block_direct_128x256")
-    slow_l2 = dataclasses.replace(H200, l2_tbps=1e-3)
-    for roofs, half in ((H200, H200.block_scaled_tflops / H200.l2_tbps), (slow_l2, None)):
-        share = 5 / 6 if half is None else max(0.5, min(1.0, (64 + 256) / (2 * 128 * 256) * half))
-        found = cost(direct, [128, 65, 0, 64, 1], (512, 1024), 3, roofs)
-        assert found.tiles == 8
-        assert found.waves == math.ceil(2 * (4 + 4 * share) / 3) / 2
-    plain = cost(variant((128, 256)), [128, 65, 0, 64, 1], (512, 1024), 3, H200)
-    assert (plain.tiles, plain.waves) == (8, 3)
+@pytest.mark.parametrize(
+    ("name", "l2_tbps", "waves"),
+    [
+        ("direct", 1e3, 2.0),  # a half multiplies half as much: 4 + 4 / 2 tiles over 3 SMs
+        ("direct", H200.l2_tbps, 2.0),  # its bytes take no longer than that
+        ("direct", 1e-3, 2.5),  # and needs 5/6 of the bytes: 4 + 4 * 5/6 tiles, to the next half
+        ("collective", H200.l2_tbps, 3.0),
+    ],
+)
+def test_halves_of_tiles_by_hand(name: str, l2_tbps: float, waves: float) -> None:
+    """Two whole tiles and two of at most 64 rows, each times 2 of 256 weights."""
+    v, roofs = variant((128, 256), name=f"sm90a_{name}_128x256"), dataclasses.replace(H200, l2_tbps=l2_tbps)
+    found = cost(v, [128, 65, 0, 64, 1], (512, 1024), 3, roofs)
+    assert (found.tiles, found.waves) == (8, waves)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import itertools
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from codegen.files import TEMPLATES
 from moe_runtime import MoEConfig, PackedWeights
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.formats.packing import pack_bf16, pack_mxfp4, pack_nvfp4
+from tests.host_build import compile_shim, needs_gxx
 from tests.reference_formats import dequantise_weights
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = needs_gxx
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 NVFP4_SCALE = 2.0**-8  # fragments are the weights times this; the epilogue takes it back
@@ -35,11 +32,7 @@ Decode = Callable[[str, Tensor], np.ndarray]
 @pytest.fixture(scope="module")
 def decode(tmp_path_factory: pytest.TempPathFactory) -> Decode:
     """(encoding, one expert's blob) -> float64 [rows, columns] of the padded matrix, from every thread's fragments."""
-    library = tmp_path_factory.mktemp("decode") / "decode.so"
-    source = Path(__file__).with_name("decode_shim.cpp")
-    command = ["g++", "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{TEMPLATES}"]
-    subprocess.run([*command, "-o", str(library), str(source)], check=True)
-    handle = ctypes.CDLL(str(library))
+    handle = compile_shim("decode_shim", tmp_path_factory.mktemp("decode"))
 
     def decode(encoding: str, blob: Tensor) -> np.ndarray:
         tiles, blocks, size = blob.shape

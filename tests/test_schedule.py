@@ -4,19 +4,16 @@ covered. A counter decides between blocks, so every run may deal them otherwise.
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codegen.files import TEMPLATES
+from tests.host_build import compile_shim, needs_gxx
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = needs_gxx
 
 WEIGHTS = 256
 TOKENS = {True: 128, False: 32}
@@ -34,10 +31,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> List:
     (stand_ins / "direct").mkdir(parents=True)
     for name in ("dependent_launch.cuh", "direct/config.cuh"):
         (stand_ins / name).write_text("#pragma once\n")
-    library, source = folder / "schedule.so", Path(__file__).with_name("schedule_shim.cpp")
-    command = ["g++", "-std=c++17", "-O1", "-Wno-unknown-pragmas", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*command, f"-I{stand_ins}", f"-I{TEMPLATES}", "-o", str(library), str(source)], check=True)
-    handle = ctypes.CDLL(str(library))
+    handle = compile_shim("schedule_shim", folder, "-pthread", f"-I{stand_ins}")
 
     def listed(unswapped: bool, rows: list[int], n: int, k: int, blocks: int) -> tuple[np.ndarray, int]:
         offsets = np.cumsum([0, *rows], dtype=np.int32)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.executors.base import GEMMS, Gemm
+from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
 from moe_runtime.formats import Weights
 from moe_runtime.kernels import library_path, load_library
@@ -26,19 +26,22 @@ CASES = [
 ]
 
 
-@functools.lru_cache(maxsize=1)
-def trial_and_reference(problem_name: str, gemm: str) -> tuple[CudaGemmTrial, Tensor]:
-    problem = support.PROBLEMS[problem_name]
-    weights = support.weights(problem)
-    workload = support.ragged_workload(problem)
-    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=2)  # type: ignore[arg-type]
+def make_trial(problem: MoEProblem, gemm: Gemm, sizes: tuple[int, ...], seed: int) -> tuple[CudaGemmTrial, Tensor]:
+    """A GEMM of groups of these sizes, and its result in float64."""
+    weights, workload = support.weights(problem), support.ragged_workload(problem, sizes)
+    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=seed)
     weight, scale = (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
     return trial, support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
 
 
+@functools.lru_cache(maxsize=1)
+def trial_and_reference(problem_name: str, gemm: Gemm) -> tuple[CudaGemmTrial, Tensor]:
+    return make_trial(support.PROBLEMS[problem_name], gemm, support.RAGGED, seed=2)
+
+
 @pytest.mark.parametrize("problem_name", support.PROBLEMS)
 @pytest.mark.parametrize(("variant", "gemm"), CASES)
-def test_ragged_groups(problem_name: str, gemm: str, variant: str) -> None:
+def test_ragged_groups(problem_name: str, gemm: Gemm, variant: str) -> None:
     trial, reference = trial_and_reference(problem_name, gemm)
     out = trial.run(variant)
     assert trial.error(variant, out, reference) <= 3e-3
@@ -59,11 +62,7 @@ def test_trial_reference_agrees(problem_name: str) -> None:
 @pytest.mark.parametrize("sizes", [(0,), (0, 1), (1,), (513, 0, 0, 0)], ids=str)
 @pytest.mark.parametrize(("variant", "gemm"), CASES)
 def test_sparse_groups(variant: str, gemm: Gemm, sizes: tuple[int, ...]) -> None:
-    problem = support.PROBLEMS["qwen3-235b-dep2"]
-    weights, workload = support.weights(problem), support.ragged_workload(problem, sizes)
-    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=3)
-    weight, scale = (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
-    reference = support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
+    trial, reference = make_trial(support.PROBLEMS["qwen3-235b-dep2"], gemm, sizes, seed=3)
     out = trial.run(variant)
     torch.cuda.synchronize()
     assert len(out) == len(reference)

@@ -12,20 +12,13 @@ from torch import Tensor
 from moe_runtime import MoEConfig, Parallel
 from moe_runtime.config import RoutingMethod
 from moe_runtime.executors.base import Gemm, LayerInputs, MoEProblem, able_tactics
-from moe_runtime.executors.cuda_trial import CudaGemmTrial
-from moe_runtime.kernels import Stage, library_path, load_library
+from moe_runtime.kernels import Stage
 from moe_runtime.reference import relative_error
-from tests.gpu import support
+from tests.gpu import support, test_gemm
+from tests.gpu.test_gemm import VARIANTS
 from tests.gpu.test_layer import COMBINE_BOUND
 
-VARIANTS = load_library("sm_90a").variants if torch.cuda.is_available() and library_path("sm_90a") else {}
-UNSWAPPED = [name for name, v in VARIANTS.items() if v.token_tile == 128 and not v.swap_ab and "direct" in name]
-CASES = [
-    (name, gemm)
-    for name in UNSWAPPED
-    for gemm in ("gemm1", "gemm2")
-    if not (VARIANTS[name].swiglu and gemm == "gemm2") and not (VARIANTS[name].combines and gemm == "gemm1")
-]
+CASES = [(name, gemm) for name, gemm in test_gemm.CASES if VARIANTS[name].halves]
 EDGES = [rows + more for rows in (0, 64, 128, 192, 256, 320, 448) for more in (-1, 0, 1) if rows + more >= 0]
 HIDDEN = (1024, 7168)  # halves beside a whole tile are computed as such only where K is short
 
@@ -37,10 +30,9 @@ def problem_of(hidden: int, experts: int) -> MoEProblem:
 
 
 def check(variant: str, gemm: Gemm, problem: MoEProblem, sizes: tuple[int, ...]) -> None:
-    weights, workload = support.weights(problem), support.ragged_workload(problem, sizes)
-    trial = CudaGemmTrial(support.executor(), problem, weights, workload, gemm, seed=4)
-    weight, scale = (weights.gate_up, weights.gate_up_scale) if gemm == "gemm1" else (weights.down, weights.down_scale)
-    reference = support.grouped_reference(trial.tokens, trial.scales, weight, scale, workload.rows_per_expert)
+    if variant not in able_tactics(support.executor(), problem, gemm):
+        pytest.skip("tiles of 256 weights do not divide this GEMM")
+    trial, reference = test_gemm.make_trial(problem, gemm, sizes, seed=4)
     results = [trial.run(variant).clone() for _ in range(3)]  # each finds the counter as the one before left it
     for result in results:
         assert trial.error(variant, result, reference) <= 3e-3
@@ -51,8 +43,6 @@ def check(variant: str, gemm: Gemm, problem: MoEProblem, sizes: tuple[int, ...])
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize(("variant", "gemm"), CASES)
 def test_rows_at_the_edges_of_tiles_and_of_halves(variant: str, gemm: Gemm, hidden: int) -> None:
-    if variant not in able_tactics(support.executor(), problem_of(hidden, len(EDGES)), gemm):
-        pytest.skip("tiles of 256 weights do not divide this GEMM")
     check(variant, gemm, problem_of(hidden, len(EDGES)), tuple(EDGES))
 
 
@@ -61,8 +51,6 @@ def test_rows_at_the_edges_of_tiles_and_of_halves(variant: str, gemm: Gemm, hidd
 def test_last_rounds_of_any_length(variant: str, gemm: Gemm, experts: int) -> None:
     """From fewer tiles than SMs, which share them, to several rounds."""
     problem = problem_of(1024, max(8, experts))
-    if variant not in able_tactics(support.executor(), problem, gemm):
-        pytest.skip("tiles of 256 weights do not divide this GEMM")
     check(variant, gemm, problem, tuple(100 if e < experts else 0 for e in range(problem.num_local_experts)))
 
 
@@ -81,8 +69,8 @@ def test_gemm2_starts_before_gemm1_ends(tokens: int, in_place: bool) -> None:
     problem = MoEProblem(MoEConfig("overlapped", 2048, 512, 24, 6, RoutingMethod.Renormalize), Parallel.parse("tp1"))
     able = {gemm: able_tactics(support.executor(), problem, gemm) for gemm in ("gemm1", "gemm2")}
     tactics = (
-        next(name for name in UNSWAPPED if VARIANTS[name].swiglu and name in able["gemm1"]),
-        next(name for name in UNSWAPPED if VARIANTS[name].combines and name in able["gemm2"]),
+        next(name for name in able["gemm1"] if VARIANTS[name].halves and VARIANTS[name].swiglu),
+        next(name for name in able["gemm2"] if VARIANTS[name].halves and VARIANTS[name].combines),
     )
     weights, generator = support.weights(problem), torch.Generator("cuda").manual_seed(tokens)
     x = torch.empty(tokens, 2048, device="cuda", dtype=torch.bfloat16)
