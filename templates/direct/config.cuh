@@ -55,7 +55,7 @@ struct Config {
   // Blocks of weights that one tile takes from different places, each with a TMA load of its own.
   static constexpr int kWeightLoads = kSwiglu ? 2 : 1;
   static constexpr int kTokenLoads = kHalfRows > 0 ? 2 : 1;
-  static constexpr int kMmasPerTurn = 1;
+  static constexpr int kMmasTogether = 1;                      // as registers have room for their results, unswapped
   // Output columns of a tile, and the bytes of one.
   static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights;
   static constexpr int kOutputBytes = kSwiglu ? 1 : 2;
@@ -65,7 +65,9 @@ struct Config {
   static constexpr int kTokenBytes = kTokens * kTileK, kWeightBytes = kWeights * kTileK;
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
   static constexpr int kScales = (kTokens + kMmas + 3) / 4 * 4;
-  static constexpr int kStagingPitch = kOutputs * kOutputBytes + kStagingPad;
+  // Swapped: of a tile's row; else a warp stages its 16 rows by pieces.
+  static constexpr int kStagedBytes = kSwapAB ? kOutputs * kOutputBytes : 128;
+  static constexpr int kStagingPitch = kStagedBytes + kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
   static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + 2 * 4 * kTokens + (kCombine ? 8 * kTokens : 0) + 256;
   static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 24);
@@ -92,12 +94,12 @@ struct Config {
 };
 
 // How a kernel computes a tile of few rows in half the time: the math warpgroups, which divide other tiles by rows, divide
-// every block of weights, so that a turn multiplies 64 rows by 64 of gate and 64 of up, as many products as of a whole tile.
+// every block of weights, and multiply 64 rows by 64 of gate and 64 of up together, as many products as of a whole tile.
 template <class C>
 struct Half : C {
   using Mma = cute::SM90::GMMA::MMA_64x64x32_F32E4M3E4M3_SS_TN<>;
   static constexpr bool kHalf = true;
-  static constexpr int kColumns = C::kColumns / 2, kAccumulators = C::kAccumulators / 2, kMmasPerTurn = C::kMmas;
+  static constexpr int kColumns = C::kColumns / 2, kAccumulators = C::kAccumulators / 2, kMmasTogether = C::kMmas;
 };
 
 struct Params {
@@ -116,6 +118,13 @@ struct Params {
   bool offsets_ready;           // before the predecessor has finished
   MoeRowOrigin const* row_origins; // [rows], to gather or combine
 };
+
+// The same value, of which the compiler does not know it: what follows from it is worked out where it is used, instead of
+// before the loop over tiles, and takes no register in the main loop.
+__device__ __forceinline__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
 
 // A ring of stages, and the parity that its barriers have in this round.
 template <int kStages>

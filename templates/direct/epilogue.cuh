@@ -1,13 +1,15 @@
-// Accumulators -> output rows, staged in shared memory and written row by row with bulk copies, so that a tile that
-// reaches past its group's last row stores nothing there.
+// Accumulators -> output rows, staged in shared memory and written from there 16 bytes a lane, so that neighbours write
+// neighbouring bytes and rows past the group's last are left out. Bulk copies of whole rows, one lane each, cost a warp some
+// 90 cycles a row, for the instruction takes one lane's addresses at a time.
 #pragma once
 #include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90.hpp"
-#include "cute/arch/copy_sm90_tma.hpp"
 
 #include "direct/mainloop.cuh"
 
 namespace moe::direct {
+
+constexpr int kWarpRows = 16;  // of a 64-row instruction's result, in a warp
 
 __device__ __forceinline__ void sync_math_warps() { cutlass::arch::NamedBarrier::sync(kMathThreads, 0u); }
 
@@ -16,29 +18,14 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t const*>(&pair);
 }
 
-// What a math thread stores of a tile: a row, or of half a tile one of the pieces that its warpgroup has of a row.
-template <class C>
-struct Stored {
-  static constexpr int kPieces = C::kHalf ? C::kOutputs / kBlock : 1, kColumns = C::kHalf ? kBlock / 2 : C::kOutputs;
-  int row, staged;         // of the tile, kTokens or more: none; of shared.staging
-  int piece = 0, column = 0;// of the tile
-  __device__ __forceinline__ explicit Stored(int math_thread) : row(math_thread), staged(math_thread) {
-    if constexpr (C::kSwapAB) return;
-    int const warp = math_thread / 32, lane = math_thread % 32;
-    piece = lane / 16;
-    staged = warp * 16 + lane % 16;
-    row = piece < kPieces ? (C::kHalf ? staged % C::kHalfRows : staged) : C::kTokens;
-    if (C::kHalf) column = piece * kBlock + warp / 4 * kColumns;
-  }
-};
-
 // Before a tile's product, which hides the time it takes.
 template <class C, class Params>
 __device__ __forceinline__ void load_origins(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread) {
   if constexpr (C::kCombine) {
-    Stored<C> const to(math_thread);
-    if (to.row < tile.rows && to.piece == 0) {
-      cute::SM80_CP_ASYNC_CACHEALWAYS<uint64_t>::copy(reinterpret_cast<uint64_t const&>(p.row_origins[tile.first_row + to.row]), reinterpret_cast<uint64_t&>(shared.origins[to.staged]));
+    int const lane = math_thread % 32, staged = C::kSwapAB ? math_thread : math_thread / 32 * kWarpRows + lane;
+    int const row = C::kHalf ? staged % C::kHalfRows : staged;
+    if (row < tile.rows && (C::kSwapAB || lane < kWarpRows)) {
+      cute::SM80_CP_ASYNC_CACHEALWAYS<uint64_t>::copy(reinterpret_cast<uint64_t const&>(p.row_origins[tile.first_row + row]), reinterpret_cast<uint64_t&>(shared.origins[staged]));
     }
   }
 }
@@ -48,69 +35,60 @@ __device__ __forceinline__ void wait_for_origins() {
   if constexpr (C::kCombine) cute::cp_async_wait<0>();
 }
 
-// dst += src, in bf16, rounded to nearest.
-__device__ __forceinline__ void add_bulk(void const* shared, void* global, int bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.noftz.bf16 [%0], [%1], %2;" ::"l"(global),
-               "r"(cute::cast_smem_ptr_to_uint(shared)), "r"(bytes)
+// Eight bf16 += values, rounded to nearest.
+__device__ __forceinline__ void add(void* to, uint4 values) {
+  asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(values.x), "r"(values.y),
+               "r"(values.z), "r"(values.w)
                : "memory");
 }
 
-// Starts the copy of what a thread stores; it waits for that before it stages the row again.
-template <class C, class Params>
-__device__ __forceinline__ void store_staged(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) {
-  Stored<C> const from(math_thread);
-  if (from.row >= tile.rows) return;
-  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n, first = tile.weight_tile * C::kOutputs + from.column;
-  int64_t const to_row = C::kCombine ? shared.origins[from.staged].token : tile.first_row + from.row;
-  uint8_t* const to = static_cast<uint8_t*>(p.output) + (to_row * columns + first) * C::kOutputBytes;
-  int const bytes = min(int64_t(from.kColumns), columns - first) * C::kOutputBytes;
-  uint8_t const* const staged = shared.staging + from.staged * C::kStagingPitch + from.piece * from.kColumns * C::kOutputBytes;
-  if constexpr (C::kCombine) {
-    add_bulk(staged, to, bytes);
-  } else {
-    cute::SM90_BULK_COPY_S2G::copy(staged, to, bytes);
+// Stores kRows staged rows of kBytes: of the staging from row `staged` on, of the tile from `row` and `column` on.
+template <class C, int kRows, int kBytes, int kThreadsToStore, class Params>
+__device__ __forceinline__ void store_staged(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int staged, int row,
+                                             int column, int thread) {
+  constexpr int kChunks = kBytes / 16;
+  int64_t const columns = C::kSwiglu ? p.n / 2 : p.n, first_column = int64_t(tile.weight_tile) * C::kOutputs + column;
+#pragma unroll
+  for (int first = 0; first < kRows * kChunks; first += kThreadsToStore) {
+    int const below = (first + thread) / kChunks, chunk = (first + thread) % kChunks;
+    int64_t const to_column = first_column + chunk * (16 / C::kOutputBytes);
+    if (row + below >= tile.rows || to_column >= columns) continue;
+    uint4 const values = *reinterpret_cast<uint4 const*>(shared.staging + (staged + below) * C::kStagingPitch + chunk * 16);
+    int64_t const to_row = C::kCombine ? shared.origins[staged + below].token : tile.first_row + row + below;
+    uint8_t* const to = static_cast<uint8_t*>(p.output) + (to_row * columns + to_column) * C::kOutputBytes;
+    if constexpr (C::kCombine) {
+      add(to, values);
+    } else {
+      *reinterpret_cast<uint4*>(to) = values;
+    }
   }
 }
 
-// Unswapped: a warp holds 16 rows, whole or of half a tile the pieces of its warpgroup, which it stages and stores by itself.
+// Unswapped: a warp holds 16 rows, which it stages and stores by itself, of half a tile its warpgroup's columns of each block.
 template <class C>
 struct WarpRows {
-  static constexpr int kRows = 16;
-  int staged, first;  // of the rows: the first of those staged, and which it is of the tile
+  int staged, first, column;  // of the rows: the first of those staged, and which it is of the tile
   uint8_t* staging;
   __device__ __forceinline__ WarpRows(typename C::SharedStorage& shared, int math_warp)
-      : staged(math_warp * kRows), first(C::kHalf ? staged % C::kHalfRows : staged), staging(shared.staging + staged * C::kStagingPitch) {}
-  // told: of a kernel that tells what is in memory, and then not only read from shared memory.
-  __device__ __forceinline__ void begin(bool told = false) const {
-    if (told) {
-      asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
-    } else {
-      cute::tma_store_wait<0>();
-    }
+      : staged(math_warp * kWarpRows), first(C::kHalf ? staged % C::kHalfRows : staged), column(C::kHalf ? math_warp / 4 * C::kColumns : 0),
+        staging(shared.staging + staged * C::kStagingPitch) {}
+  template <int kBytes, class Params>
+  __device__ __forceinline__ void store(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int from_column, int lane) const {
     __syncwarp();
-  }
-  template <class Params>
-  __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) const {
-    cute::tma_store_fence();
+    store_staged<C, kWarpRows, kBytes, 32>(p, shared, tile, staged, first, column + from_column, lane);
     __syncwarp();
-    store_staged<C>(p, shared, tile, math_thread);
-    cute::tma_store_arrive();
   }
 };
 
 // Swapped: all math warps hold a part of every row.
 template <class C>
 struct BlockRows {
-  static __device__ __forceinline__ void begin() {
-    cute::tma_store_wait<0>();
-    sync_math_warps();
-  }
+  static __device__ __forceinline__ void begin() { sync_math_warps(); }
   template <class Params>
   static __device__ __forceinline__ void finish(Params const& p, typename C::SharedStorage const& shared, Tile const& tile, int math_thread) {
-    cute::tma_store_fence();
     sync_math_warps();
-    store_staged<C>(p, shared, tile, math_thread);
-    cute::tma_store_arrive();
+    store_staged<C, C::kTokens, C::kStagedBytes, kMathThreads>(p, shared, tile, 0, 0, 0, math_thread);
+    if constexpr (C::kCombine) sync_math_warps();  // the next tile's origins are loaded before its rows are staged
   }
 };
 
@@ -145,6 +123,7 @@ __device__ __forceinline__ void weigh_rows(MoeRowOrigin const* origins, int lane
 template <class C, class Params>
 __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
                                            Accumulators<C>& sum) {
+  math_thread = opaque(math_thread);
   int const lane = math_thread % 32, warp = math_thread / 32;
   auto at = [](uint8_t* row, int column) -> cute::uint128_t& { return *reinterpret_cast<cute::uint128_t*>(row + 2 * column); };
   if constexpr (C::kSwapAB) {
@@ -170,21 +149,25 @@ __device__ __forceinline__ void store_tile(Params const& p, typename C::SharedSt
     }
     BlockRows<C>::finish(p, shared, tile, math_thread);
   } else {
+    constexpr int kStaged = C::kStagedBytes / C::kOutputBytes;  // columns
     WarpRows<C> const rows(shared, warp);
     wait_for_origins<C>();
-    rows.begin();
+    __syncwarp();
     if constexpr (C::kCombine) weigh_rows<C>(shared.origins + rows.staged, lane, sum);
     uint8_t* const row = rows.staging + (lane / 8 % 2 * 8 + lane % 8) * C::kStagingPitch;
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) {
 #pragma unroll
-      for (int j = 0; j < C::kColumns / 8; j += 2) {
-        float const* const v = &sum[h][4 * j];
-        cute::SM90_U32x4_STSM_N::copy(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]),
-                                      at(row, h * C::kColumns + 8 * j + lane / 16 * 8));
+      for (int first = 0; first < C::kColumns; first += kStaged) {
+#pragma unroll
+        for (int j = 0; j < kStaged / 8; j += 2) {
+          float const* const v = &sum[h][4 * (first / 8 + j)];
+          cute::SM90_U32x4_STSM_N::copy(pack_bf16(v[0], v[1]), pack_bf16(v[2], v[3]), pack_bf16(v[4], v[5]), pack_bf16(v[6], v[7]),
+                                        at(row, 8 * j + lane / 16 * 8));
+        }
+        rows.template store<C::kStagedBytes>(p, shared, tile, h * kBlock + first, lane);
       }
     }
-    rows.finish(p, shared, tile, math_thread);
   }
 }
 

@@ -50,7 +50,7 @@ __device__ __forceinline__ void compute_tile(Params const& p, typename C::Shared
   if constexpr (C::kSwapAB) {
     multiply_in_flight<C>(blocks, shared, kept.stages, warpgroup, at, sum);
   } else {
-    multiply_by_turns<C>(blocks, shared, kept.stages, warpgroup, at, sum);
+    multiply_by_parts<C>(blocks, shared, kept.stages, warpgroup, at, sum);
   }
   if constexpr (!C::kSwiglu) {
     store_tile<C>(p, shared, tile, math_thread, sum);
@@ -71,7 +71,6 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
   if constexpr (C::kSwapAB) {
     while (tiles.next(tile)) compute_tile<C>(p, shared, tile, blocks, warpgroup, at, kept);
   } else {
-    if (warpgroup == 1) pass_turn(warpgroup);  // the first turn is warpgroup 0's
     while (tiles.next(tile)) {
       if (tile.half) {
         compute_tile<Half<C>>(p, shared, tile, blocks, warpgroup, at, kept);
@@ -79,10 +78,7 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
         compute_tile<C>(p, shared, tile, blocks, warpgroup, at, kept);
       }
     }
-    if (warpgroup == 0) take_turn(warpgroup);  // the other's last pass
   }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // staged rows must be read before the block ends
-  __syncwarp();
   kept.done.tell(p.output_done);
 }
 

@@ -2,7 +2,7 @@
 //
 // Within a K tile the tensor cores add with about 13 bits, so the promotion is what keeps the result's precision. Where
 // registers allow it hides behind the wgmma of the next K tile, which is issued first, into a second scratch accumulator;
-// where they do not, behind those of the other math warpgroup: the two take turns at the tensor cores.
+// where they do not, behind those of the other math warpgroup.
 #pragma once
 #include <utility>
 
@@ -84,16 +84,24 @@ struct Scales {
 // One K tile in shared memory.
 template <class C>
 struct Stage {
-  typename C::SharedStorage& shared;
-  int const index;
-  uint64_t const a, b;
+  typename C::SharedStorage* shared;
+  int index;
+  uint64_t a, b;
 
   __device__ __forceinline__ Stage(typename C::SharedStorage& shared_, Ring<C::kStages> const& ring, int warpgroup)
-      : shared(shared_), index(ring.stage),
+      : shared(&shared_), index(ring.stage),
         a(operand((C::kSwapAB ? shared_.weights[index] : shared_.tokens[index]) + (C::kHalf ? 0 : warpgroup * 64 * kTileK))),
-        b(operand((C::kSwapAB ? shared_.tokens[index] : shared_.weights[index]) + (C::kHalf ? warpgroup * 64 * kTileK : 0))) {
-    TileBarrier::wait(&shared.full[ring.stage], ring.phase);
+        b(operand((C::kSwapAB ? shared_.tokens[index] : shared_.weights[index]) + (C::kHalf ? warpgroup * 64 * kTileK : 0))) {}
+
+  // Has the compiler work out the operands here and not where they are used, a chain of five instructions that the tensor
+  // cores would wait for: 1 to 2 % of a GEMM.
+  __device__ __forceinline__ void pin() {
+    uint32_t low_a = static_cast<uint32_t>(a), low_b = static_cast<uint32_t>(b);
+    asm volatile("" : "+r"(low_a), "+r"(low_b));
+    a = a >> 32 << 32 | low_a;
+    b = b >> 32 << 32 | low_b;
   }
+  __device__ __forceinline__ void wait(uint32_t phase) const { TileBarrier::wait(&shared->full[index], phase); }
 
   // part = instruction h over step number `step` of K, added to what steps before it gave.
   __device__ __forceinline__ void multiply(int h, int step, float (&part)[C::kAccumulators]) const {
@@ -103,13 +111,13 @@ struct Stage {
   }
 
   __device__ __forceinline__ void load(Scales<C>& scales, int warpgroup, Fragment const& at) const {
-    scales.load(shared.scales[index], warpgroup, at);
+    scales.load(shared->scales[index], warpgroup, at);
     asm volatile("" ::: "memory");  // the wrapper of arrive lets the compiler move loads past it
-    PlainBarrier::arrive(&shared.scales_read[index]);  // every thread for itself: each has read its own
+    PlainBarrier::arrive(&shared->scales_read[index]);  // every thread for itself: each has read its own
   }
 
   __device__ __forceinline__ void release() const {
-    if (threadIdx.x % 32 == 0) PlainBarrier::arrive(&shared.empty[index]);
+    if (threadIdx.x % 32 == 0) PlainBarrier::arrive(&shared->empty[index]);
   }
 
  private:
@@ -130,6 +138,7 @@ struct InFlight {
 
   __device__ __forceinline__ void issue(typename C::SharedStorage& shared, Ring<C::kStages>& ring, int warpgroup, Fragment const& at) {
     Stage<C> const stage(shared, ring, warpgroup);
+    stage.wait(ring.phase);
 #pragma unroll
     for (int h = 0; h < C::kMmas; ++h) fence(part[h]);
     cute::warpgroup_arrive();
@@ -174,42 +183,48 @@ __device__ __forceinline__ void multiply_in_flight(int blocks, typename C::Share
   even.template retire<0>(sum);
 }
 
-// Turns of the two math warpgroups at the tensor cores. Without them both end up in step: they multiply together, slower,
-// and then promote together, with the tensor cores idle.
-__device__ __forceinline__ void take_turn(int warpgroup) { cutlass::arch::NamedBarrier::sync(kMathThreads, 1u + warpgroup); }
-__device__ __forceinline__ void pass_turn(int warpgroup) { cutlass::arch::NamedBarrier::arrive(kMathThreads, 1u + (warpgroup ^ 1)); }
-
-// sum = a tile's product, by turns.
+// sum = a tile's product, by one scratch accumulator for every part of the tile's weights in turn. What can be done before
+// the tensor cores have finished a part is done: else they would idle for it.
 template <class C>
-__device__ __forceinline__ void multiply_by_turns(int blocks, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
+__device__ __forceinline__ void multiply_by_parts(int blocks, typename C::SharedStorage& shared, Ring<C::kStages>& ring,
                                                   int warpgroup, Fragment const& at, Accumulators<C>& sum) {
-  constexpr int kPerTurn = C::kMmasPerTurn;
-  float part[kPerTurn][C::kAccumulators];
-  Scales<C> scales;
+  constexpr int kTogether = C::kMmasTogether;
+  float part[kTogether][C::kAccumulators];
+  Scales<C> next_scales;
+  Stage<C> next(shared, ring, warpgroup);
+  auto look_up = [&] {
+    next.wait(ring.phase);
+    next.load(next_scales, warpgroup, at);
+    ring.advance();
+  };
+  look_up();
   for (int block = 0; block < blocks; ++block) {
-    Stage<C> const stage(shared, ring, warpgroup);
-    stage.load(scales, warpgroup, at);  // while it waits for its turn
+    Stage<C> const stage = next;
+    Scales<C> const scales = next_scales;
 #pragma unroll
-    for (int first = 0; first < C::kMmas; first += kPerTurn) {
-      take_turn(warpgroup);
+    for (int first = 0; first < C::kMmas; first += kTogether) {
+      bool const last = first + kTogether == C::kMmas;
 #pragma unroll
-      for (int i = 0; i < kPerTurn; ++i) fence(part[i]);
+      for (int i = 0; i < kTogether; ++i) fence(part[i]);
       cute::warpgroup_arrive();
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
 #pragma unroll
-        for (int i = 0; i < kPerTurn; ++i) stage.multiply(first + i, step, part[i]);
+        for (int i = 0; i < kTogether; ++i) stage.multiply(first + i, step, part[i]);
       }
       cute::warpgroup_commit_batch();
-      pass_turn(warpgroup);
+      if (last) {
+        next = Stage<C>(shared, ring, warpgroup);
+        next.pin();
+        if (block + 1 < blocks) look_up();
+      }
       cute::warpgroup_wait<0>();
 #pragma unroll
-      for (int i = 0; i < kPerTurn; ++i) fence(part[i]);
-      if (first + kPerTurn == C::kMmas) stage.release();
+      for (int i = 0; i < kTogether; ++i) fence(part[i]);
+      if (last) stage.release();
 #pragma unroll
-      for (int i = 0; i < kPerTurn; ++i) scales.promote(first + i, sum[first + i], part[i]);
+      for (int i = 0; i < kTogether; ++i) scales.promote(first + i, sum[first + i], part[i]);
     }
-    ring.advance();
   }
 }
 

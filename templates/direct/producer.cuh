@@ -64,7 +64,7 @@ __device__ __forceinline__ void produce_weights(Params const& p, typename C::Sha
   });
 }
 
-// By one thread, another than loads weights: where few stages fit, a stage must not wait until one has asked for all of it.
+// By one thread. One for weights and tokens took as long, but has to load the first tile's weights ahead of its tokens.
 template <class C>
 __device__ __forceinline__ void produce_tokens(Params const& p, typename C::SharedStorage& shared) {
   auto wait = [&](Tile const& tile) { wait_for_first_tokens<C>(p, tile); };

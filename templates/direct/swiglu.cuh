@@ -24,6 +24,17 @@ __device__ __forceinline__ uint2 gather_group(uint32_t groups01, uint32_t groups
   return make_uint2(__byte_perm(even_lanes, odd_lanes, 0x5410), __byte_perm(even_lanes, odd_lanes, 0x7632));
 }
 
+// sum[0] = SwiGLU of gate in sum[0] and up in sum[1].
+template <class C>
+__device__ __forceinline__ void activate(Params const& p, Accumulators<C>& sum) {
+  if (p.clamp_limit > 0.0f) {
+#pragma unroll
+    for (int i = 0; i < C::kAccumulators; ++i) clamp_gate_up(sum[0][i], sum[1][i], p.clamp_limit);
+  }
+#pragma unroll
+  for (int i = 0; i < C::kAccumulators; ++i) sum[0][i] = swish(sum[0][i], 1.0f) * sum[1][i];
+}
+
 // What a warp's last epilogue left on its way to memory. The next one tells GEMM2, which may wait for it: to wait for it at
 // once would cost every tile that time.
 struct Done {
@@ -42,13 +53,11 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
                                             Ring<2>& turn, Done& done, Accumulators<C>& sum) {
   int const lane = math_thread % 32, warpgroup = math_thread / 128;
   WarpRows<C> const rows(shared, math_thread / 32);
-  float* const v = sum[0];
+  activate<C>(p, sum);
+  float const* const v = sum[0];
   float amax[2] = {0.0f, 0.0f};  // of the thread's two rows
 #pragma unroll
-  for (int i = 0; i < C::kAccumulators; ++i) {
-    v[i] = swiglu(v[i], sum[1][i], p.clamp_limit);
-    amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(v[i]));
-  }
+  for (int i = 0; i < C::kAccumulators; ++i) amax[i / 2 % 2] = fmaxf(amax[i / 2 % 2], fabsf(v[i]));
 #pragma unroll
   for (int half = 0; half < 2; ++half) amax[half] = lanes_max<4, 1>(amax[half]);
   if constexpr (C::kHalf) {
@@ -60,9 +69,8 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
     for (int half = 0; half < 2; ++half) amax[half] = fmaxf(amax[half], of_row[(warpgroup ^ 1) * C::kHalfRows + half * 8]);
     turn.advance();
   }
-  rows.begin(p.output_done != nullptr);
   done.tell(p.output_done);
-  done = {tile.group, min(max(tile.rows - rows.first, 0), rows.kRows) * (C::kHalf ? 1 : kBlock / 64)};
+  done = {tile.group, min(max(tile.rows - rows.first, 0), kWarpRows) * (C::kHalf ? 1 : kBlock / 64)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     int const row = lane / 4 + half * 8;
@@ -79,7 +87,7 @@ __device__ __forceinline__ void swiglu_rows(Params const& p, typename C::SharedS
       p.output_scales[int64_t(tile.first_row + rows.first + row) * (p.n / 2 / kBlock) + tile.weight_tile] = block.scale;
     }
   }
-  rows.finish(p, shared, tile, math_thread);
+  rows.template store<C::kColumns>(p, shared, tile, 0, lane);
 }
 
 // Swapped: a tile has all 128 columns of a block, spread over all math warps.
@@ -89,10 +97,9 @@ __device__ __forceinline__ void swiglu_columns(Params const& p, typename C::Shar
   int const lane = math_thread % 32, warp = math_thread / 32;
   auto* const amax = reinterpret_cast<int*>(shared.amax[turn.stage]);
   int* const other = reinterpret_cast<int*>(shared.amax[turn.stage ^ 1]);
-  float* const v = sum[0];
   BlockRows<C>::begin();
-#pragma unroll
-  for (int i = 0; i < C::kAccumulators; ++i) v[i] = swiglu(v[i], sum[1][i], p.clamp_limit);
+  activate<C>(p, sum);
+  float const* const v = sum[0];
 #pragma unroll
   for (int j = 0; j < C::kTokens / 8; ++j) {
 #pragma unroll

@@ -47,7 +47,7 @@ struct Config {
   static constexpr int kTokenSliceBytes = kTokens * kSliceK * 2;
   static constexpr int kTokenBytes = kSlices * kTokenSliceBytes, kWeightBytes = kSlices * Weights::kSliceBytes;
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
-  static constexpr int kStagingPitch = kOutputs * kOutputBytes + direct::kStagingPad;
+  static constexpr int kStagedBytes = kOutputs * kOutputBytes, kStagingPitch = kStagedBytes + direct::kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
   static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + (kCombine ? 8 * kTokens : 0) + (kSwiglu ? 8 * kTokens * kRowBlocks : 0) + 1024 + 256;
   static constexpr int kStagesThatFit = (direct::kSharedBytes / kBlocksPerSm - kReservedBytes - kFixedBytes) / (kTileBytes + 16);

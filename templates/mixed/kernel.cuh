@@ -76,7 +76,6 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
       direct::store_tile<C>(p, shared, tile, math_thread, sum);
     }
   }
-  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");  // staged rows must be read before the block ends
 }
 
 template <class C>

@@ -5,13 +5,15 @@
 namespace moe {
 namespace {
 
-constexpr int kThreads = 128;
+// 256 and no bound on registers: 40 of them, spilled.
+constexpr int kThreads = 128, kBlocksPerSm = 10;
 
 template <MoeTokens kTokens>
-__global__ void __launch_bounds__(kThreads, 10) gather_kernel(GatherParams p, int32_t const* permuted_row) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_kernel(GatherParams p, int32_t const* permuted_row) {
   allow_successor_to_start();
   wait_for_predecessor();
-  gather_unit<kTokens>(p, blockIdx.x * kThreads + threadIdx.x, permuted_row, p.input_weights);
+  int const unit = blockIdx.x * kThreads + threadIdx.x;
+  gather_unit<kTokens>(p, unit, permuted_row, [&](bool local) { return encode_unit<kTokens>(p, unit, local, p.input_weights); });
 }
 
 }  // namespace

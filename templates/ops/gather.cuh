@@ -86,13 +86,25 @@ __device__ __forceinline__ void zero_unit(GatherParams const& p, int unit) {
   if (first + 32 < end) output[first + 32] = uint4{};
 }
 
-// Must be reached by whole warps. permuted_row[token * top_k + j], in global or shared memory, is a slot's row or -1;
-// input_weights as in the params.
+struct Unit {
+  int token, chunk, chunks;
+  __device__ __forceinline__ Unit(GatherParams const& p, int unit)
+      : token(unit / (p.rows.width / kValuesPerThread)), chunk(unit % (p.rows.width / kValuesPerThread)), chunks(p.rows.width / kValuesPerThread) {}
+};
+
+// What a unit stores. Must be reached by whole warps; input_weights as in the params.
 template <MoeTokens kTokens>
-__device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int32_t const* permuted_row, float const* input_weights) {
+__device__ __forceinline__ Piece<kTokens> encode_unit(GatherParams const& p, int unit, bool local, float const* input_weights) {
+  Unit const at(p, unit);
+  return gather_piece<kTokens>(p, at.token, at.chunk, local, input_weights ? input_weights + at.token : nullptr);
+}
+
+// Must be reached by whole warps. permuted_row[token * top_k + j], in global or shared memory, is a slot's row or -1.
+// encode(local): the unit's piece, which may be anything of a token that is not.
+template <MoeTokens kTokens, class Encode>
+__device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int32_t const* permuted_row, Encode encode) {
   constexpr int kBatch = 8; // rows looked up together: one by one, each store would wait for its own
-  int const chunks = p.rows.width / kValuesPerThread;
-  int const token = unit / chunks, chunk = unit % chunks;
+  auto const [token, chunk, chunks] = Unit(p, unit);
   int32_t const* const slots = permuted_row + int64_t(token) * p.top_k;
   int const top_k = token < p.num_tokens ? p.top_k : 0;
   int row[kBatch];
@@ -103,12 +115,12 @@ __device__ __forceinline__ void gather_unit(GatherParams const& p, int unit, int
     local |= row[i] >= 0;
   }
   for (int j = kBatch; j < top_k; ++j) local |= slots[j] >= 0;
-  Piece<kTokens> const piece = gather_piece<kTokens>(p, token, chunk, local, input_weights ? input_weights + token : nullptr);
+  Piece<kTokens> const piece = encode(local);
   __syncwarp(); // the output may be the input: all lanes have read theirs
   zero_unit(p, unit);
   if (!local) return;
   if (p.by_token) return piece.store(p.rows, token, chunk);
-  auto store = [&](int to) {
+  auto store = [&, token = token, chunk = chunk, chunks = chunks](int to) {
     if (to < 0) return;
     piece.store(p.rows, to, chunk);
     if constexpr (kTokens == MOE_TOKENS_FP8_BLOCK || kTokens == MOE_TOKENS_BF16) {  // in which rows travel; see messages_fit

@@ -147,33 +147,55 @@ bool gemms_overlap(MoeLayer const& layer, MoeVariant const& gemm1, MoeVariant co
   return can && (layer.stages & stages) == stages;
 }
 
+// What GEMMs of a layer have in common.
+MoeGemmOperands gemm_operands(MoeLayer const& layer, Buffers const& b) {
+  MoeGemmOperands o{};
+  o.expert_offsets = b.expert_offsets;
+  o.row_origins = b.row_origins;
+  o.max_rows = slots(layer);
+  o.encoding = layer.tokens;
+  return o;
+}
+
 int32_t run_gemm1(MoeLayer const& layer, MoeVariant const& variant, Buffers const& b, bool overlaps) {
-  if (variant.combines || variant.weights != layer.weights) return MOE_ERROR_BAD_VARIANT;
   bool const fp8_block = layer.weights == MOE_WEIGHTS_FP8_BLOCK;
-  MoeGemmOperands operands{b.rows, fp8_block ? b.row_scales : nullptr, layer.gemm1_weights,
-                           fp8_block ? layer.gemm1_weights_scale : layer.gemm1_scale, b.expert_offsets, b.tiles_taken, overlaps ? b.activations_done : nullptr, nullptr,
-                           b.gemm1_output, nullptr, slots(layer), layer.gate_first, layer.clamp_limit, 0, layer.gemm1_bias,
-                           layer.tokens, layer.alpha, layer.beta, layer.clamp, layer.activation_multiplier, b.row_origins};
-  if (variant.swiglu) {
-    operands.output = b.activation;
-    operands.output_scales = b.activation_scales;
-  }
-  MoeGroupedGemm const gemm{layer.num_local_experts, gemm1_width(layer), layer.hidden_size, layer.sm_count,
-                            operands, b.gemm1, b.gemm_workspace, layer.stream};
+  // Packed gate_up lies as the kernels need it that activate.
+  bool const must_activate = !fp8_block && layer.activation == MOE_ACTIVATION_SWIGLU;
+  if (variant.combines || variant.weights != layer.weights || (must_activate && !variant.swiglu)) return MOE_ERROR_BAD_VARIANT;
+  MoeGemmOperands o = gemm_operands(layer, b);
+  o.tokens = b.rows;
+  o.token_scales = fp8_block ? b.row_scales : nullptr;
+  o.weights = layer.gemm1_weights;
+  o.weight_scales = fp8_block ? layer.gemm1_weights_scale : layer.gemm1_scale;
+  o.tiles_taken = b.tiles_taken;
+  o.output_done = overlaps ? b.activations_done : nullptr;
+  o.output = variant.swiglu ? static_cast<void*>(b.activation) : b.gemm1_output;
+  o.output_scales = variant.swiglu ? b.activation_scales : nullptr;
+  o.gate_first = layer.gate_first;
+  o.clamp_limit = layer.clamp_limit;
+  o.bias = layer.gemm1_bias;
+  o.alpha = layer.alpha;
+  o.beta = layer.beta;
+  o.clamp = layer.clamp;
+  o.activation_multiplier = layer.activation_multiplier;
+  MoeGroupedGemm const gemm{layer.num_local_experts, gemm1_width(layer), layer.hidden_size, layer.sm_count, o, b.gemm1, b.gemm_workspace, layer.stream};
   return variant.run(&gemm);
 }
 
 int32_t run_gemm2(MoeLayer const& layer, MoeVariant const& variant, Buffers const& b, bool overlaps) {
   if (variant.swiglu || variant.gathers || variant.weights != layer.weights) return MOE_ERROR_BAD_VARIANT;
   bool const fp8_block = layer.weights == MOE_WEIGHTS_FP8_BLOCK;
-  // GEMM1 waits for the permutation before it lets its successor start.
-  int32_t const offsets_ready = (layer.stages & MOE_STAGE_GEMM1) != 0;
-  MoeGemmOperands const operands{b.activation, fp8_block ? b.activation_scales : nullptr, layer.gemm2_weights,
-                                 fp8_block ? layer.gemm2_weights_scale : layer.gemm2_scale, b.expert_offsets, b.tiles_taken + 1, nullptr, overlaps ? b.activations_done : nullptr,
-                                 variant.combines ? layer.output : b.gemm2_output, nullptr, slots(layer), 0, 0.0f, offsets_ready,
-                                 layer.gemm2_bias, layer.tokens, nullptr, nullptr, nullptr, nullptr, b.row_origins};
-  MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count,
-                            operands, b.gemm2, b.gemm_workspace, layer.stream};
+  MoeGemmOperands o = gemm_operands(layer, b);
+  o.tokens = b.activation;
+  o.token_scales = fp8_block ? b.activation_scales : nullptr;
+  o.weights = layer.gemm2_weights;
+  o.weight_scales = fp8_block ? layer.gemm2_weights_scale : layer.gemm2_scale;
+  o.tiles_taken = b.tiles_taken + 1;
+  o.tokens_done = overlaps ? b.activations_done : nullptr;
+  o.output = variant.combines ? layer.output : b.gemm2_output;
+  o.offsets_ready = (layer.stages & MOE_STAGE_GEMM1) != 0;  // GEMM1 waits for the permutation before it lets its successor start
+  o.bias = layer.gemm2_bias;
+  MoeGroupedGemm const gemm{layer.num_local_experts, layer.hidden_size, layer.intermediate_size, layer.sm_count, o, b.gemm2, b.gemm_workspace, layer.stream};
   return variant.run(&gemm);
 }
 

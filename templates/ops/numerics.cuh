@@ -22,8 +22,14 @@ __device__ __forceinline__ void clamp_gate_up(float& gate, float& up, float clam
   }
 }
 
-// x * sigmoid(alpha * x), two units in the last place, a third of the time of a division.
-__device__ __forceinline__ float swish(float x, float alpha) { return __fdividef(x, 1.0f + __expf(-alpha * x)); }
+// x * sigmoid(alpha * x), two units in the last place. The instructions themselves: __expf and __fdividef look after
+// subnormal results, which nothing can be seen of here, by as many instructions again.
+__device__ __forceinline__ float swish(float x, float alpha) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * (-1.44269504f * alpha)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return x * inverse;
+}
 
 __device__ __forceinline__ float swiglu(float gate, float up, float clamp_limit) {
   clamp_gate_up(gate, up, clamp_limit);

@@ -93,9 +93,9 @@ __device__ __forceinline__ int inclusive_scan(int value, int lane) {
   return value;
 }
 
-// Writes permuted_row, and row_origins unless they are null, of the slots that are this block's, one of `blocks` that share them, and, where `publish` is set,
-// offsets and metadata. Blocks that share slots are one cluster. permuted_row may be ids: one thread alone
-// reads a slot's id and then writes its row.
+// Writes permuted_row, and row_origins unless they are null, of the slots that are this block's, one of `blocks` that share
+// them, and, where `publish` is set, offsets and metadata. Blocks that share slots are one cluster. permuted_row may be ids:
+// one thread alone reads a slot's id and then writes its row.
 __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const* ids, int block, int blocks, int32_t* permuted_row,
                                            MoeRowOrigin* row_origins, bool publish) {
   extern __shared__ int counts[]; // [counting_warps, num_experts]
@@ -145,10 +145,9 @@ __device__ __forceinline__ void sort_slots(PermuteParams const& p, int32_t const
     if (publish) {
       p.expert_offsets[expert] = before;
       p.activations_done[expert] = 0;
-      if (expert < 2) p.tiles_taken[expert] = 0;
       if (expert == p.num_experts - 1) {
         p.expert_offsets[p.num_experts] = before + rows;
-        p.tiles_taken[1] = 0; // also of one expert alone
+        p.tiles_taken[0] = p.tiles_taken[1] = 0;
       }
       if (p.fp8_block) {
         write_metadata(p.gemm1, expert, before, rows);
@@ -190,9 +189,15 @@ __global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_
                                                                          __grid_constant__ GatherParams const g) {
   __shared__ int32_t slots[kSlotsOfEveryBlock]; // expert ids, then rows
   __shared__ float first_weights[kTokensOfEveryBlock];
+  int const unit = blockIdx.x * kThreads + threadIdx.x;
+  bool const holds_slot = threadIdx.x < p.num_slots, publishes = blockIdx.x == 0;
   float const* input_weights = g.input_weights;
+  MoeRowOrigin origin{static_cast<int32_t>(threadIdx.x) / p.top_k, 1.0f};
+  int32_t id = -1;
   allow_successor_to_start();
   wait_for_predecessor();
+  // All that is known to be read is asked for at once, and tokens are encoded before it is known whether they are local: what
+  // memory takes to answer is half of this kernel.
   if constexpr (kRouteItems > 0) {
     extern __shared__ float choice[]; // [num_tokens, num_experts], where the sort will count
     int const lane = threadIdx.x % 32, token = threadIdx.x / 32;
@@ -203,14 +208,21 @@ __global__ void __launch_bounds__(kThreads, 1) permute_and_gather_kernel(__grid_
       if (blockIdx.x == 0) store_slot(r, token, slot, lane);
     }
     if (input_weights) input_weights = first_weights; // top_k is 1, and other blocks' global writes may be late
-  } else if (threadIdx.x < p.num_slots) {
-    slots[threadIdx.x] = p.ids[threadIdx.x];
+    __syncthreads();
+  } else if (holds_slot) {
+    id = p.ids[threadIdx.x];
   }
+  if (publishes && holds_slot && p.weights) origin.weight = p.weights[threadIdx.x];
+  Piece<kTokens> const piece = encode_unit<kTokens>(g, unit, unit < g.num_tokens * (g.rows.width / kValuesPerThread), input_weights);
+  if (kRouteItems == 0 && holds_slot) slots[threadIdx.x] = id;
   __syncthreads();
-  sort_slots(p, slots, 0, 1, slots, blockIdx.x == 0 ? p.row_origins : nullptr, blockIdx.x == 0);
+  sort_slots(p, slots, 0, 1, slots, nullptr, publishes);
   __syncthreads();
-  if (blockIdx.x == 0 && threadIdx.x < p.num_slots) p.permuted_row[threadIdx.x] = slots[threadIdx.x];
-  gather_unit<kTokens>(g, blockIdx.x * kThreads + threadIdx.x, slots, input_weights);
+  if (publishes && holds_slot) {
+    int32_t const row = p.permuted_row[threadIdx.x] = slots[threadIdx.x];
+    if (row >= 0) p.row_origins[row] = origin;
+  }
+  gather_unit<kTokens>(g, unit, slots, [&](bool) { return piece; });
 }
 static_assert(kSlotsOfEveryBlock <= kThreads && kTokensOfEveryBlock * kMaxTopK <= kSlotsOfEveryBlock);
 
