@@ -168,8 +168,9 @@ def test_library_manifest_tells_stages_and_shared_memory(sm90):
     unswapped, swapped, collective, *mixed = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
     for kernel in (unswapped, swapped, collective, *mixed):
         assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
-    # The larger the tile, the fewer stages of it fit: 256x16 and 128x128, against 128x16.
-    assert collective.stages > swapped.stages > unswapped.stages >= 3
+    # The larger the tile, the fewer stages of it fit: of 128x128 and 256x16 as many, 33 and 35 KB each, of 128x16 more.
+    assert [kernel.stages for kernel in (unswapped, swapped)] == [6, 6]
+    assert collective.stages > swapped.stages
     assert [kernel.stages for kernel in mixed] == [4, 3]  # the latter's shared memory is half an SM's: two run there
     recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
     assert recorded["library"] == sm90.library.name
