@@ -134,7 +134,8 @@ def _regime_table() -> list[str]:
     return [
         *lines,
         "",
-        f"Tuning took {case['tune_seconds']:.0f} s for {len(case['buckets'])} buckets. Measured anew on other seeds,",
+        f"Tuning took {case['tune_seconds']:.0f} s for {len(case['buckets'])} buckets{_older('tuner-qwen3-235b')}.",
+        "Measured anew on other seeds,",
         f"the plan's GEMMs lose {regret['mean']:.1%} on average and {regret['worst']:.1%} at worst to the best of all",
         f"kernels at each size, with hindsight at most {regret['worst_bound']:.1%}; over the default they gain",
         f"{default['mean']:.1%} on average, {best:.0%} at best and {default['worst']:.1%} at worst.",
