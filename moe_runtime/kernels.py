@@ -17,7 +17,7 @@ from pathlib import Path
 from .errors import Unsupported
 from .formats import Weights
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 

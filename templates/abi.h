@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 7
+#define MOE_ABI_VERSION 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -85,7 +85,7 @@ typedef struct MoeGemmOperands {
   void const* weights;       // e4m3 [L, n, k], or packed as the variant reads them
   float const* weight_scales;// [L, n/128, k/128]; where weights are not fp8_block [L], null: 1
   int32_t const* expert_offsets; // [L + 1], first row of each group
-  int32_t* tiles_taken;      // [1]: 0, and 0 again after the launch; of fp8_block
+  int32_t* tiles_taken;      // [1]: 0, and 0 again after the launch
   int32_t* output_done;      // [L] or null: pieces of 64 activations that are in memory, by group, to be added to
   int32_t const* tokens_done;// [L] or null: the same of the kernel launched before, which need not have finished
   void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, [max_rows, n/2], of fp8_block e4m3
@@ -94,6 +94,8 @@ typedef struct MoeGemmOperands {
   int32_t gate_first;        // as in MoeLayer
   float clamp_limit;
   int32_t offsets_ready;     // expert_offsets are older than the kernel launched before this one
+  int32_t local_expert_offset; // as in MoeLayer; of topk_ids
+  int32_t const* topk_ids;   // [max_rows] or null: older than the kernel launched before this one, and counted instead of reading expert_offsets
   float const* bias;         // [L, n] or null; only where weights are not fp8_block
   int32_t encoding;          // MoeTokens of activations, for variants that fuse SwiGLU; as the next in MoeLayer
   float const *alpha, *beta, *clamp, *activation_multiplier; // [L] or null; only where weights are not fp8_block

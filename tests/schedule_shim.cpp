@@ -21,17 +21,24 @@ inline int __shfl_up_sync(unsigned, int value, int) { return value; }
 
 namespace moe {
 
+constexpr int kFewSlots = 1024, kMaxGroups = 512;
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 inline void wait_for_predecessor() {}
 
 namespace direct {
 
-constexpr int kMaxGroups = 1024, kTilesAhead = 2;
+constexpr int kTilesAhead = 2, kThreads = 384;
 
 struct Tile {
   int group, first_row, rows, weight_tile;
   bool half;
 };
+
+struct Groups {
+  int first_row[kMaxGroups + 1], first_item[kMaxGroups + 1];
+};
+
+inline int opaque(int value) { return value; }
 
 template <int kStages>
 struct Ring {
@@ -42,8 +49,8 @@ struct Ring {
 
 struct Shared {
   Tile tiles[kTilesAhead];
-  uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
-  int cumulative_items[kMaxGroups + 1];
+  uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead], tile_wanted;
+  Groups groups;
 };
 
 // A tile that is ready is noted, and read at once.
@@ -59,12 +66,14 @@ struct Params {
   int32_t* tiles_taken;
   int32_t const* tokens_done;
   int groups, n, k;
+  int32_t const* topk_ids;
+  int num_slots, first_expert;
 };
 
 template <int kTokens_, int kWeights_, int kHalfRows_>
 struct Config {
   static constexpr int kTokens = kTokens_, kWeights = kWeights_, kHalfRows = kHalfRows_;
-  static constexpr bool kCombine = false;
+  static constexpr bool kCombine = false, kSwapAB = kHalfRows == 0;
   using SharedStorage = Shared;
 };
 
@@ -87,7 +96,8 @@ static int list_all(Params const& p, int blocks, int32_t* out) {
       blockIdx.x = block, gridDim.x = blocks, shared_of_block = &shared, tiles_of_block = &tiles;
       for (int group = 0; group < p.groups; ++group) {
         TokenTiles<C> const down(p.expert_offsets[group + 1] - p.expert_offsets[group]);
-        shared.cumulative_items[group + 1] = shared.cumulative_items[group] + down.items(moe::ceil_div(p.n, C::kWeights));
+        shared.groups.first_row[group + 1] = p.expert_offsets[group + 1];
+        shared.groups.first_item[group + 1] = shared.groups.first_item[group] + down.items(moe::ceil_div(p.n, C::kWeights));
       }
       list_tiles<C>(p, shared);
       std::lock_guard const hold(lock);
@@ -103,6 +113,6 @@ static int list_all(Params const& p, int blocks, int32_t* out) {
 
 // Tiles of all blocks as rows of (block, group, first_row, rows, weight_tile, half), in any order of blocks; how many.
 extern "C" int list_tiles_of_all(int unswapped, int32_t const* offsets, int groups, int n, int k, int blocks, int32_t* tiles_taken, int32_t* out) {
-  Params const p{offsets, tiles_taken, nullptr, groups, n, k};
+  Params const p{offsets, tiles_taken, nullptr, groups, n, k, nullptr, 0, 0};
   return unswapped ? list_all<Config<128, 256, 64>>(p, blocks, out) : list_all<Config<32, 256, 0>>(p, blocks, out);
 }

@@ -95,3 +95,17 @@ def test_a_last_round_of_few_tiles_is_shared(listed: List, left: int, halved: bo
     tiles, _ = listed(True, [128], (8 + left) * WEIGHTS, LONG_K, 8)
     halves = tiles[tiles[:, 5] == 1]
     assert sorted(halves[:, 2]) == ([0] * left + [64] * left if halved else [])
+
+
+@pytest.mark.parametrize("unswapped", [True, False])
+@pytest.mark.parametrize("count", range(1, 13))
+def test_tiles_too_few_for_all_blocks_are_spread(listed: List, unswapped: bool, count: int) -> None:
+    """Over all but the last blocks, a quarter of those without: six neighbours of twelve have about half of them."""
+    blocks, rows = 12, 32
+    tiles, _ = listed(unswapped, [rows], count * WEIGHTS, LONG_K, blocks)
+    of_block = [((tiles[:, 0] == block) & (tiles[:, 3] > 0)).sum() for block in range(blocks)]
+    assert sum(of_block) == count and of_block[0] == 1
+    assert count == blocks or of_block[-1] == 0
+    among = blocks - (blocks - count) // 4
+    for first in range(among - 5):
+        assert abs(sum(of_block[first : first + 6]) - 6 * count / among) < 1

@@ -111,7 +111,8 @@ class CudaExecutor:
         if not packed and n % variant.weight_rows:
             return f"{n} rows of weights are no multiple of the {variant.weight_rows} that it takes at a time"
         if self._layout(problem, 1) is None:
-            return "the shape is outside what the kernels implement (top_k <= 32, num_experts <= 1024, n_group <= 32)"
+            limits = "top_k <= 32, num_experts <= 1024, of them 512 local, n_group <= 32"
+            return f"the shape is outside what the kernels implement ({limits})"
         return None
 
     def prepare(self, weights: LayerWeights) -> Operands:

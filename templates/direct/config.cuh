@@ -21,7 +21,6 @@ constexpr int kInstructionK = 32;
 constexpr int kMathWarps = 8;
 constexpr int kMathThreads = kMathWarps * 32;
 constexpr int kThreads = kMathThreads + 128;  // and a producer warpgroup: a warp each for weights, tokens, scales and the list
-constexpr int kMaxGroups = 1024;
 constexpr int kSharedBytes = 227 * 1024;
 constexpr int kMaxStages = 10;
 constexpr int kTilesAhead = 2;
@@ -31,6 +30,11 @@ struct alignas(16) Tile {
   int group, first_row, rows;  // rows: how many of the tile's token rows are the group's
   int weight_tile;
   bool half;                   // computed as Half<C>
+};
+
+// Of each group, its first row and first item of the list of tiles; behind the last, how many there are.
+struct Groups {
+  int first_row[kMaxGroups + 1], first_item[kMaxGroups + 1];
 };
 
 // What a kernel does beside the product. kSwiglu: the tile holds 128 rows of gate and the same of up, and the epilogue
@@ -69,7 +73,7 @@ struct Config {
   static constexpr int kStagedBytes = kSwapAB ? kOutputs * kOutputBytes : 128;
   static constexpr int kStagingPitch = kStagedBytes + kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
-  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + 2 * 4 * kTokens + (kCombine ? 8 * kTokens : 0) + 256;
+  static constexpr int kFixedBytes = kStagingBytes + sizeof(Groups) + 2 * 4 * kTokens + (kCombine ? 8 * kTokens : 0) + 256;
   static constexpr int kStagesThatFit = (kSharedBytes - kFixedBytes) / (kTileBytes + kScales * 4 + 24);
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
@@ -87,8 +91,8 @@ struct Config {
     MoeRowOrigin origins[kCombine ? kTokens : 1];// of the staged rows
     Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages], scales_read[kStages];
-    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
-    int cumulative_items[kMaxGroups + 1];
+    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead], tile_wanted;
+    Groups groups;
   };
   static_assert(sizeof(SharedStorage) <= kSharedBytes);
 };
@@ -116,6 +120,8 @@ struct Params {
   int gate_row, up_row;         // first row of either half of gate_up
   float clamp_limit;
   bool offsets_ready;           // before the predecessor has finished
+  int32_t const* topk_ids;      // as the next, in MoeGemmOperands
+  int num_slots, first_expert;
   MoeRowOrigin const* row_origins; // [rows], to gather or combine
 };
 

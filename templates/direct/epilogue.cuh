@@ -1,6 +1,6 @@
 // Accumulators -> output rows, staged in shared memory and written from there 16 bytes a lane, so that neighbours write
-// neighbouring bytes and rows past the group's last are left out. Bulk copies of whole rows, one lane each, cost a warp some
-// 90 cycles a row, for the instruction takes one lane's addresses at a time.
+// neighbouring bytes and rows past the group's last are left out. Bulk copies of whole rows, one lane each, take longer: the
+// instruction takes one lane's addresses at a time.
 #pragma once
 #include "cute/arch/copy_sm80.hpp"
 #include "cute/arch/copy_sm90.hpp"

@@ -23,13 +23,15 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
       PlainBarrier::init(&shared.tile_ready[tile], 1);
       PlainBarrier::init(&shared.tile_read[tile], 1 + (C::kGather ? 32 : 1) + 32 + kMathThreads);
     }
+    PlainBarrier::init(&shared.tile_wanted, 1);
     cutlass::arch::fence_barrier_init();
   }
   if (threadIdx.x < C::kTokens) shared.amax[0][threadIdx.x] = 0.0f;
-  // Else every role waits before it reads what the predecessor writes.
-  if (!p.offsets_ready) wait_for_predecessor();
-  allow_successor_to_start();
-  count_items<C>(p, shared.cumulative_items);  // ends with a barrier of the block
+  // With either, who loads tokens waits for what the predecessor writes, and with ids lets the successor start.
+  bool const counts = counts_ids<C>(p);
+  if (!counts && !p.offsets_ready) wait_for_predecessor();
+  if (!counts) allow_successor_to_start();
+  list_groups<C>(p, shared.groups);  // ends with a barrier of the block
 }
 
 // What math warps keep from tile to tile.

@@ -56,6 +56,9 @@ int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
   p.up_row = o.gate_first ? gemm.n / 2 : 0;
   p.clamp_limit = o.clamp_limit;
   p.offsets_ready = o.offsets_ready != 0;
+  p.topk_ids = o.topk_ids;
+  p.num_slots = static_cast<int>(o.max_rows);
+  p.first_expert = o.local_expert_offset;
   p.row_origins = o.row_origins;
   return 0;
 }
@@ -70,8 +73,9 @@ struct Launch {
     thread_local std::unordered_map<void const*, Prepared> prepared;
     if (prepared.size() > kMaxPrepared) prepared.clear();
     Prepared& last = prepared[gemm->operands.weights];
-    // The output may be the caller's, which differs from call to call, and no tensor map is of it.
+    // These may be the caller's, which differ from call to call, and no tensor map is of them.
     last.gemm.operands.output = last.params.output = gemm->operands.output;
+    last.gemm.operands.topk_ids = last.params.topk_ids = gemm->operands.topk_ids;
     if (std::memcmp(&last.gemm, gemm, offsetof(MoeGroupedGemm, stream)) != 0) {
       last.gemm = {};
       if (cudaError_t status = raise_shared_memory_limit()) return status;  // the same weights are on the same device

@@ -28,6 +28,7 @@ __device__ __forceinline__ void wait_for_first_tokens(Params const& p, Tile cons
     if (p.tokens_done) return wait_for_tokens(p, tile.group);
   }
   wait_for_predecessor();
+  if (counts_ids<C>(p)) allow_successor_to_start();  // not before: it takes expert_offsets to be ready
 }
 
 // Calls first(tile) once, begin(tile) for every tile, and load(tile, stage, k) for every K tile once its stage is free.
@@ -52,6 +53,7 @@ __device__ __forceinline__ void fill_stages(Params const& p, typename C::SharedS
 // the predecessor, whose last thread blocks still multiply.
 template <class C>
 __device__ __forceinline__ void produce_weights(Params const& p, typename C::SharedStorage& shared) {
+  int const ask_at = max(p.k - kAskAhead * kTileK, 0);
   auto nothing = [](Tile const&) {};
   fill_stages<C>(p, shared, nothing, nothing, [&](Tile const& tile, int stage, int k) {
     constexpr int kLoadBytes = C::kWeightBytes / C::kWeightLoads;
@@ -61,6 +63,7 @@ __device__ __forceinline__ void produce_weights(Params const& p, typename C::Sha
       cute::SM90_TMA_LOAD_3D::copy(&p.weights, &shared.full[stage], kWeightHint<C>, shared.weights[stage] + part * kLoadBytes, k,
                                    weight_row<C>(p, tile, part), tile.group);
     }
+    if (C::kSwapAB && k == ask_at) PlainBarrier::arrive(&shared.tile_wanted);
   });
 }
 

@@ -1,5 +1,7 @@
 // Which tiles a thread block computes, in which order: one thread walks, all roles of the block read what it finds.
 #pragma once
+#include <climits>
+
 #include "dependent_launch.cuh"
 #include "direct/config.cuh"
 
@@ -16,8 +18,15 @@ constexpr int kLongK = 4096;
 
 // Rounds at the end in which blocks take what the others have left: up to 12 % of a GEMM of unequal experts. Before, tiles
 // are dealt, which keeps blocks that read the same weights or tokens in step: with a long K, all rounds open were 1 to 6 %
-// slower from 2048 tokens on. Swapped kernels deal all: of up to 16 rows they were up to 30 % slower when they did not.
-__device__ __forceinline__ int open_rounds(int k) { return k > kLongK ? 1 : 8; }
+// slower from 2048 tokens on. Of swapped kernels, whose weights no two blocks read, all rounds but the first are open. For
+// memory's bandwidth is shared out by GPCs, and an SM of one that has few gets up to 1.5 times what others do: with all rounds
+// dealt, such SMs had nothing to do for a fifth of GEMM1.
+template <class C>
+__device__ __forceinline__ int open_rounds(int k) { return C::kSwapAB ? INT_MAX : k > kLongK ? 1 : 8; }
+
+// A block of a swapped kernel takes its next tile this many K tiles before the end of the one it loads: two tiles ahead, up to
+// 30 % were lost, for it is few tiles that a block has. Those of many rows list them two ahead: 1 to 4 % slower if not.
+constexpr int kAskAhead = 4;
 
 // A group's token tiles. The last of three or more is left out where it is a half: blocks take two of its weight tiles at
 // a time, which takes as long as a whole tile. With fewer, the weights' way from memory is what takes long.
@@ -32,37 +41,99 @@ struct TokenTiles {
   }
 };
 
-// cumulative_items[g]: items of the groups before g. By all threads of a block.
+// Whether a block counts ids for itself. Swapped kernels may: of few slots, and the code costs the others.
 template <class C, class Params>
-__device__ __forceinline__ void count_items(Params const& p, int* cumulative_items) {
-  constexpr int kBatch = 4;  // loads in flight together: most layers have at most 128 local experts
-  if (threadIdx.x < 32) {
-    int const lane = threadIdx.x, across = ceil_div(p.n, C::kWeights);
-    int total = 0;
-    for (int base = 0; base < p.groups; base += 32 * kBatch) {
-      int items[kBatch];
+__device__ __forceinline__ bool counts_ids(Params const& p) {
+  if constexpr (C::kSwapAB) return p.topk_ids;
+  return false;
+}
+
+// counts[g]: rows of group g. By all threads of a block.
+template <class Params>
+__device__ __forceinline__ void count_rows(Params const& p, int* counts) {
+  constexpr int kBatch = ceil_div(kFewSlots, kThreads);  // loads in flight together
+  int const thread = opaque(threadIdx.x);
+  int group[kBatch];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        int const group = base + 32 * i + lane;
-        int const rows = group < p.groups ? p.expert_offsets[group + 1] - p.expert_offsets[group] : 0;
-        items[i] = TokenTiles<C>(rows).items(across);
-      }
+  for (int i = 0; i < kBatch; ++i) {
+    int const slot = i * kThreads + thread;
+    group[i] = slot < p.num_slots ? p.topk_ids[slot] - p.first_expert : -1;
+  }
+  for (int i = thread; i < p.groups; i += kThreads) counts[i] = 0;
+  __syncthreads();
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        int inclusive = items[i];
-#pragma unroll
-        for (int distance = 1; distance < 32; distance *= 2) {
-          int const other = __shfl_up_sync(0xffffffffu, inclusive, distance);
-          if (lane >= distance) inclusive += other;
-        }
-        int const group = base + 32 * i + lane;
-        if (group < p.groups) cumulative_items[group + 1] = total + inclusive;
-        total += __shfl_sync(0xffffffffu, inclusive, 31);
-      }
-    }
-    if (lane == 0) cumulative_items[0] = 0;
+  for (int i = 0; i < kBatch; ++i) {
+    if (group[i] >= 0 && group[i] < p.groups) atomicAdd(counts + group[i], 1);
   }
   __syncthreads();
+}
+
+// Values of lanes, first all of values[0], become the sums of those before them, and of `total`, which becomes that of all. By a
+// warp.
+template <int kCount>
+__device__ __forceinline__ void add_up(int (&values)[kCount], int lane, int& total) {
+  int inclusive[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) inclusive[i] = values[i];
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      int const other = __shfl_up_sync(0xffffffffu, inclusive[i], distance);
+      if (lane >= distance) inclusive[i] += other;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    values[i] = total + inclusive[i] - values[i];
+    total += __shfl_sync(0xffffffffu, inclusive[i], 31);
+  }
+}
+
+// By all threads of a block.
+template <class C, class Params>
+__device__ __forceinline__ void list_groups(Params const& p, Groups& groups) {
+  constexpr int kBatch = 4;  // loads in flight together: most layers have at most 128 local experts
+  if (counts_ids<C>(p)) count_rows(p, groups.first_row);
+  if (threadIdx.x < 32) {
+    int const lane = threadIdx.x, across = ceil_div(p.n, C::kWeights);
+    int all_rows = 0, all_items = 0;
+    for (int base = 0; base < p.groups; base += 32 * kBatch) {
+      int rows[kBatch], row[kBatch], item[kBatch];
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int const group = base + 32 * i + lane;
+        bool const is_one = group < p.groups;
+        if (counts_ids<C>(p)) {
+          row[i] = rows[i] = is_one ? groups.first_row[group] : 0;
+        } else {
+          row[i] = is_one ? p.expert_offsets[group] : 0;
+          rows[i] = is_one ? p.expert_offsets[group + 1] - row[i] : 0;
+        }
+        item[i] = TokenTiles<C>(rows[i]).items(across);
+      }
+      if (counts_ids<C>(p)) add_up(row, lane, all_rows);
+      add_up(item, lane, all_items);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        int const group = base + 32 * i + lane;
+        if (group < p.groups) groups.first_row[group] = row[i], groups.first_item[group] = item[i];
+        if (group == p.groups - 1) groups.first_row[p.groups] = row[i] + rows[i];
+      }
+    }
+    if (lane == 0) groups.first_item[p.groups] = all_items;
+  }
+  __syncthreads();
+}
+
+// The group of an item, which is not before `group`. By halves: of few tokens most groups have none, and a step from one
+// to the next is some 40 cycles.
+__device__ __forceinline__ int group_of(int item, int group, int groups, int const* first_item) {
+  for (int beyond = groups; beyond - group > 1;) {
+    int const middle = (group + beyond) / 2;
+    (first_item[middle] <= item ? group : beyond) = middle;
+  }
+  return group;
 }
 
 // A role's place in the list of the block's tiles.
@@ -100,31 +171,46 @@ __device__ __forceinline__ void wait_for_tokens(Params const& p, int group) {
   asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA will read them
 }
 
+// The first number that a block takes: the count where there is none for it. Where there are too few for all blocks, some have
+// one here and there: 96 for the first 96 of 132, which are six GPCs of eight, took 33 us, and spread 28. The last blocks are
+// left out first, for they start late where the kernel before still runs.
+__device__ __forceinline__ int first_number(int count) {
+  int const block = blockIdx.x, blocks = gridDim.x;
+  if (count >= blocks) return block;
+  int const among = blocks - (blocks - count) / 4, number = ceil_div(block * count, among);
+  return block < among && ceil_div((block + 1) * count, among) > number ? number : count;
+}
+
 // Numbers that a block takes from 0 on: every gridDim.x-th, and of the last ones whatever the others have left, from a counter.
 // The first is known before the predecessor has finished.
 template <class C, class Params>
 class Numbers {
  public:
   __device__ __forceinline__ Numbers(Params const& p, int count)
-      : p_(p), count_(count), dealt_(max(count / int(gridDim.x) - open_rounds(p.k), 1) * int(gridDim.x)), number_(blockIdx.x) {}
+      : p_(p), count_(count), dealt_(max(count / int(gridDim.x) - open_rounds<C>(p.k), 1) * int(gridDim.x)),
+        number_(first_number(count)) {}
   __device__ __forceinline__ bool more() const { return number_ < count_; }
   __device__ __forceinline__ int operator*() const { return number_; }
   __device__ __forceinline__ void operator++() {
-    int const blocks = gridDim.x, dealt = number_ + blocks;
-    if constexpr (C::kHalfRows > 0) {
-      if (dealt >= dealt_) {
-        if (number_ < dealt_ && !p_.tokens_done) wait_for_predecessor();  // it may count with the same counter
-        int const taken = atomicAdd(p_.tiles_taken, 1);
-        // Every block that had any takes one too many: this was the last.
-        if (taken == count_ - dealt_ + blocks - 1) *p_.tiles_taken = 0;
-        number_ = dealt_ + taken;
-        return;
-      }
+    int const blocks = gridDim.x;
+    if (number_ + blocks < dealt_) {
+      number_ += blocks;
+      return;
     }
-    number_ = dealt;
+    // It may count with the same counter.
+    if (number_ < dealt_ && !counts_tokens()) wait_for_predecessor();
+    int const taken = atomicAdd(p_.tiles_taken, 1);
+    // Every block that had any takes one too many: this was the last.
+    if (taken == count_ - dealt_ + blocks - 1) *p_.tiles_taken = 0;
+    number_ = dealt_ + taken;
   }
 
  private:
+  __device__ __forceinline__ bool counts_tokens() const {
+    if constexpr (C::kSwapAB) return false;
+    else return p_.tokens_done;
+  }
+
   Params const& p_;
   int const count_, dealt_;
   int number_;
@@ -134,29 +220,33 @@ class Numbers {
 // cycles, in divisions and in loads, which the math warps do not have.
 template <class C, class Params>
 __device__ __forceinline__ void list_tiles(Params const& p, typename C::SharedStorage& shared) {
-  int const* const cumulative = shared.cumulative_items;
-  int const across = ceil_div(p.n, C::kWeights), items = cumulative[p.groups], blocks = gridDim.x;
+  Groups const& groups = shared.groups;
+  int const across = ceil_div(p.n, C::kWeights), items = groups.first_item[p.groups], blocks = gridDim.x;
   // Where the last round has items for no more than half of the blocks, two share one.
   int const left = items % blocks, to_share = C::kHalfRows > 0 && 2 * left <= blocks ? left : 0, to_take = items - to_share;
   Ring<kTilesAhead> ring;
+  uint32_t wanted = 0;
   auto list = [&](Tile const& tile) {
     PlainBarrier::wait(&shared.tile_read[ring.stage], ring.phase ^ 1);
     shared.tiles[ring.stage] = tile;
     asm volatile("" ::: "memory");
     PlainBarrier::arrive(&shared.tile_ready[ring.stage]);
     ring.advance();
+    if (!C::kSwapAB || tile.rows == 0) return;
+    PlainBarrier::wait(&shared.tile_wanted, wanted);
+    wanted ^= 1;
   };
   int group = 0;
   for (Numbers<C, Params> number(p, to_take + 2 * to_share); number.more(); ++number) {
     int const beyond = *number - to_take, item = beyond < 0 ? *number : to_take + beyond / 2;
     bool const first = beyond < 0 || beyond % 2 == 0, second = beyond < 0 || beyond % 2 == 1;  // halves to take of the item
-    while (cumulative[group + 1] <= item) ++group;
+    if (groups.first_item[group + 1] <= item) group = group_of(item, group + 1, p.groups, groups.first_item);
     if constexpr (C::kHalfRows > 0 && C::kCombine) {
       // Here, two tiles ahead, the time that it takes to ask hides. The first tile's weights must not wait.
       if (p.tokens_done && *number >= blocks) wait_for_tokens(p, group);
     }
-    int const offset = p.expert_offsets[group], index = item - cumulative[group];
-    TokenTiles<C> const down(p.expert_offsets[group + 1] - offset);
+    int const offset = groups.first_row[group], index = item - groups.first_item[group];
+    TokenTiles<C> const down(groups.first_row[group + 1] - offset);
     if (index < down.whole * across) {
       int const band = index / (kBand * across), in_band = index - band * kBand * across;
       int const height = min(kBand, down.whole - band * kBand), row = (band * kBand + in_band % height) * C::kTokens;

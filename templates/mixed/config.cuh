@@ -10,7 +10,7 @@ namespace moe::mixed {
 
 using direct::kMathThreads;
 using direct::kMathWarps;
-using direct::kMaxGroups;
+using direct::Groups;
 using direct::kThreads;
 using direct::kTilesAhead;
 using direct::PlainBarrier;
@@ -49,7 +49,7 @@ struct Config {
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
   static constexpr int kStagedBytes = kOutputs * kOutputBytes, kStagingPitch = kStagedBytes + direct::kStagingPad;
   static constexpr int kStagingBytes = kTokens * kStagingPitch;
-  static constexpr int kFixedBytes = kStagingBytes + (kMaxGroups + 1) * 4 + (kCombine ? 8 * kTokens : 0) + (kSwiglu ? 8 * kTokens * kRowBlocks : 0) + 1024 + 256;
+  static constexpr int kFixedBytes = kStagingBytes + sizeof(Groups) + (kCombine ? 8 * kTokens : 0) + (kSwiglu ? 8 * kTokens * kRowBlocks : 0) + 1024 + 256;
   static constexpr int kStagesThatFit = (direct::kSharedBytes / kBlocksPerSm - kReservedBytes - kFixedBytes) / (kTileBytes + 16);
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
@@ -65,8 +65,8 @@ struct Config {
     int amax[2][kSwiglu ? kTokens * kRowBlocks : 1];  // bits of floats; of the tile before may still be read: they take turns
     Tile tiles[kTilesAhead];
     alignas(8) uint64_t full[kStages], empty[kStages];
-    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead];
-    int cumulative_items[kMaxGroups + 1];
+    uint64_t tile_ready[kTilesAhead], tile_read[kTilesAhead], tile_wanted;
+    Groups groups;
   };
   static_assert(sizeof(SharedStorage) <= direct::kSharedBytes / kBlocksPerSm - kReservedBytes);
 };
@@ -81,9 +81,12 @@ struct Params {
   float clamp_limit;
   int gate_row, up_row;          // first of either half of the bias, with SwiGLU
   int32_t const* expert_offsets; // [groups + 1]
+  int32_t* tiles_taken;          // as in MoeGemmOperands
   void* output;                  // bf16 [rows, n], with SwiGLU [rows, n/2]; [T, n] to combine
   int groups, n, k;
   bool offsets_ready;            // before the predecessor has finished
+  int32_t const* topk_ids;       // as the next, in MoeGemmOperands
+  int num_slots, first_expert;
   MoeRowOrigin const* row_origins; // [rows], to combine
 };
 

@@ -23,15 +23,17 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
       PlainBarrier::init(&shared.tile_ready[tile], 1);
       PlainBarrier::init(&shared.tile_read[tile], 1 + kMathThreads);
     }
+    PlainBarrier::init(&shared.tile_wanted, 1);
     cutlass::arch::fence_barrier_init();
   }
   if constexpr (C::kSwiglu) {
     for (int i = threadIdx.x; i < C::kTokens * C::kRowBlocks; i += kThreads) shared.amax[0][i] = 0;
   }
-  // Else every role waits before it reads what the predecessor writes.
-  if (!p.offsets_ready) wait_for_predecessor();
-  allow_successor_to_start();
-  direct::count_items<C>(p, shared.cumulative_items);  // ends with a barrier of the block
+  // With either, who loads tokens waits for what the predecessor writes, and with ids lets the successor start.
+  bool const counts = direct::counts_ids<C>(p);
+  if (!counts && !p.offsets_ready) wait_for_predecessor();
+  if (!counts) allow_successor_to_start();
+  direct::list_groups<C>(p, shared.groups);  // ends with a barrier of the block
 }
 
 // What becomes of the thread's two rows of weights once they are multiplied; read before, while the loads are awaited.

@@ -23,11 +23,15 @@ int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
   p.gate_row = o.gate_first ? 0 : gemm.n / 2;
   p.up_row = o.gate_first ? gemm.n / 2 : 0;
   p.expert_offsets = o.expert_offsets;
+  p.tiles_taken = o.tiles_taken;
   p.output = o.output;
   p.groups = gemm.num_groups;
   p.n = gemm.n;
   p.k = gemm.k;
   p.offsets_ready = o.offsets_ready != 0;
+  p.topk_ids = o.topk_ids;
+  p.num_slots = static_cast<int>(o.max_rows);
+  p.first_expert = o.local_expert_offset;
   p.row_origins = o.row_origins;
   return 0;
 }

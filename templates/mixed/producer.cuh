@@ -38,6 +38,7 @@ __device__ __forceinline__ void produce_tiles(Params const& p, typename C::Share
   int ahead = more ? min(C::kStages, blocks) : 0;
   for (int stage = 0; stage < ahead; ++stage) load_weights(tile, stage, stage);
   wait_for_predecessor();
+  if (direct::counts_ids<C>(p)) allow_successor_to_start();  // not before: it takes expert_offsets to be ready
   for (; more; more = tiles.next(tile)) {
     for (int block = 0; block < blocks; ++block) {
       if (ahead > 0) {
@@ -51,6 +52,7 @@ __device__ __forceinline__ void produce_tiles(Params const& p, typename C::Share
         cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[ring.stage], kTokenHint, shared.tokens[ring.stage] + slice * C::kTokenSliceBytes,
                                      (block * C::kTileK + slice * kSliceK) * 2, tile.first_row, 0);
       }
+      if (block == max(blocks - direct::kAskAhead, 0)) PlainBarrier::arrive(&shared.tile_wanted);
       ring.advance();
     }
   }

@@ -131,7 +131,7 @@ bool can_implement(MoeLayer const& layer) {
          layer.hidden_size > 0 && layer.hidden_size % multiple == 0 &&
          layer.intermediate_size > 0 && layer.intermediate_size % multiple == 0 &&
          layer.top_k >= 1 && layer.top_k <= kMaxTopK && layer.top_k <= layer.num_experts &&
-         layer.num_experts <= kMaxExperts && layer.num_local_experts >= 1 && layer.sm_count > 0 &&
+         layer.num_experts <= kMaxExperts && layer.num_local_experts >= 1 && layer.num_local_experts <= kMaxGroups && layer.sm_count > 0 &&
          layer.local_expert_offset >= 0 && layer.local_expert_offset + layer.num_local_experts <= layer.num_experts &&
          most_units < INT_MAX;
 }
@@ -145,6 +145,13 @@ bool gemms_overlap(MoeLayer const& layer, MoeVariant const& gemm1, MoeVariant co
   int32_t const stages = MOE_STAGE_PERMUTE | MOE_STAGE_GEMM1 | MOE_STAGE_GEMM2;
   bool const can = layer.weights == MOE_WEIGHTS_FP8_BLOCK && gemm1.swiglu && !gemm1.swap_ab && gemm2.combines && !gemm2.swap_ab;
   return can && (layer.stages & stages) == stages;
+}
+
+// Whether GEMM1 counts few slots' ids for itself: it then loads weights while what sorts the slots and gathers tokens,
+// launched before it, still runs. That must not route, for then it writes the ids.
+bool gemm1_counts_slots(MoeLayer const& layer, MoeVariant const& gemm1) {
+  int32_t const stages = MOE_STAGE_PERMUTE | MOE_STAGE_GATHER | MOE_STAGE_GEMM1;
+  return gemm1.swap_ab && (layer.stages & stages) == stages && !permutes_by_cluster(layer) && !routes_while_permuting(layer);
 }
 
 // What GEMMs of a layer have in common.
@@ -168,6 +175,8 @@ int32_t run_gemm1(MoeLayer const& layer, MoeVariant const& variant, Buffers cons
   o.weights = layer.gemm1_weights;
   o.weight_scales = fp8_block ? layer.gemm1_weights_scale : layer.gemm1_scale;
   o.tiles_taken = b.tiles_taken;
+  o.topk_ids = gemm1_counts_slots(layer, variant) ? layer.topk_ids : nullptr;
+  o.local_expert_offset = layer.local_expert_offset;
   o.output_done = overlaps ? b.activations_done : nullptr;
   o.output = variant.swiglu ? static_cast<void*>(b.activation) : b.gemm1_output;
   o.output_scales = variant.swiglu ? b.activation_scales : nullptr;

@@ -8,6 +8,8 @@
 #include "numerics.cuh"
 #include "token_formats.cuh"
 
+extern "C" bool const moe_metadata_is_read; // see the registry
+
 namespace moe {
 
 constexpr int kMaxTopK = 32;
@@ -38,6 +40,7 @@ inline int gemm1_width(MoeLayer const& layer) { return (layer.activation == MOE_
 
 cudaError_t route(MoeLayer const& layer);
 bool permutes_by_cluster(MoeLayer const& layer);
+bool routes_while_permuting(MoeLayer const& layer);
 cudaError_t permute(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t gather(MoeLayer const& layer, Buffers const& buffers);
 cudaError_t activate(MoeLayer const& layer, Buffers const& buffers);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ class MoeGemmOperands(Structure):
         ("gate_first", c_int32),
         ("clamp_limit", c_float),
         ("offsets_ready", c_int32),
+        ("local_expert_offset", c_int32),
+        ("topk_ids", c_void_p),
         ("bias", c_void_p),
         ("encoding", c_int32),
         ("alpha", c_void_p),
@@ -100,6 +103,12 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+@functools.cache
+def _counter(device: torch.device) -> Tensor:
+    """Which a launch leaves at 0 for the next."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
+
+
 def prepare(
     tokens: Tensor,
     packed: Tensor,
@@ -118,6 +127,7 @@ def prepare(
         weights=packed.data_ptr(),
         weight_scales=address(scale),
         expert_offsets=expert_offsets.data_ptr(),
+        tiles_taken=_counter(tokens.device).data_ptr(),
         output=output.data_ptr(),
         max_rows=tokens.shape[0],
         bias=address(bias),

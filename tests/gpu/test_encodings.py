@@ -319,6 +319,15 @@ def test_a_kernel_of_other_weights_is_refused(stage: Stage) -> None:
         layer.run(stage)
 
 
+def test_packed_gate_up_needs_a_kernel_that_activates() -> None:
+    """For it lies as those read it."""
+    found = support.executor().variants.values()
+    plain = next(v.index for v in found if v.weights == Weights.BF16 and v.stores_rows)
+    layer = Layer(Tokens.BF16, 1, gemm1_variant=plain, gemm2_variant=plain)
+    with pytest.raises(KernelError, match="no such variant"):
+        layer.run(Stage.GEMM1)
+
+
 @pytest.mark.parametrize(
     ("encoding", "dtype"),
     [(Tokens.BF16, DTYPE_E4M3), (Tokens.MXFP8, DTYPE_E2M1), (Tokens.NVFP4, DTYPE_E4M3), (Tokens.FP8, DTYPE_F32)],

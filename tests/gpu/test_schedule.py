@@ -1,5 +1,5 @@
-"""What unswapped direct kernels do beside plain tiles: halves of tiles, tiles that blocks take from a counter, and a
-GEMM2 that starts while GEMM1 runs."""
+"""What direct kernels do beside plain tiles: halves of tiles, tiles that blocks take from a counter, a GEMM1 that
+starts while slots are sorted, and a GEMM2 that starts while GEMM1 runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.gpu import support, test_gemm
 from tests.gpu.test_gemm import VARIANTS
 from tests.gpu.test_layer import COMBINE_BOUND
 
-CASES = [(name, gemm) for name, gemm in test_gemm.CASES if VARIANTS[name].halves]
+HALVING = [(name, gemm) for name, gemm in test_gemm.CASES if VARIANTS[name].halves]
 EDGES = [rows + more for rows in (0, 64, 128, 192, 256, 320, 448) for more in (-1, 0, 1) if rows + more >= 0]
 HIDDEN = (1024, 7168)  # halves beside a whole tile are computed as such only where K is short
 
@@ -41,13 +41,13 @@ def check(variant: str, gemm: Gemm, problem: MoEProblem, sizes: tuple[int, ...])
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-@pytest.mark.parametrize(("variant", "gemm"), CASES)
+@pytest.mark.parametrize(("variant", "gemm"), HALVING)
 def test_rows_at_the_edges_of_tiles_and_of_halves(variant: str, gemm: Gemm, hidden: int) -> None:
     check(variant, gemm, problem_of(hidden, len(EDGES)), tuple(EDGES))
 
 
 @pytest.mark.parametrize("experts", [1, 2, 30, 150])
-@pytest.mark.parametrize(("variant", "gemm"), CASES)
+@pytest.mark.parametrize(("variant", "gemm"), test_gemm.CASES)
 def test_last_rounds_of_any_length(variant: str, gemm: Gemm, experts: int) -> None:
     """From fewer tiles than SMs, which share them, to several rounds."""
     problem = problem_of(1024, max(8, experts))
@@ -62,15 +62,19 @@ def one_after_another(call: support.Call) -> Tensor:
     return call.output.clone()
 
 
-@pytest.mark.parametrize("tokens", [40, 300, 3000])
+@pytest.mark.parametrize("parallel", ["tp1", "ep2"])
+@pytest.mark.parametrize("tokens", [1, 8, 21, 40, 170, 300, 3000])
 @pytest.mark.parametrize("in_place", [False, True])
-def test_gemm2_starts_before_gemm1_ends(tokens: int, in_place: bool) -> None:
-    """Many times, over buffers that hold the results of other tokens: rows read too early would be those."""
-    problem = MoEProblem(MoEConfig("overlapped", 2048, 512, 24, 6, RoutingMethod.Renormalize), Parallel.parse("tp1"))
+@pytest.mark.parametrize("halves", [False, True])
+def test_gemms_start_before_what_they_read_is_there(tokens: int, in_place: bool, parallel: str, halves: bool) -> None:
+    """Many times, over buffers that hold the ids and results of other tokens: what is read too early would be those.
+    Of up to 1,024 slots, 170 tokens, GEMM1 starts while they are sorted; where both halve, GEMM2 while GEMM1 runs."""
+    config = MoEConfig("overlapped", 2048, 512, 24, 6, RoutingMethod.Renormalize)
+    problem = MoEProblem(config, Parallel.parse(parallel))
     able = {gemm: able_tactics(support.executor(), problem, gemm) for gemm in ("gemm1", "gemm2")}
     tactics = (
-        next(name for name in able["gemm1"] if VARIANTS[name].halves and VARIANTS[name].swiglu),
-        next(name for name in able["gemm2"] if VARIANTS[name].halves and VARIANTS[name].combines),
+        next(name for name in able["gemm1"] if VARIANTS[name].halves == halves and VARIANTS[name].swiglu),
+        next(name for name in able["gemm2"] if VARIANTS[name].halves == halves and VARIANTS[name].combines),
     )
     weights, generator = support.weights(problem), torch.Generator("cuda").manual_seed(tokens)
     x = torch.empty(tokens, 2048, device="cuda", dtype=torch.bfloat16)
