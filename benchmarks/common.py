@@ -33,7 +33,7 @@ HOPELESS = 1.5
 """Slower than the fastest by this after scouting, a tactic is not timed further."""
 UNLIKELY = 2.0
 """Nor scouted where it is predicted at this many times the least prediction: predictions are lower bounds, which the
-fastest exceeds by at most 1.23, so it would be hopeless."""
+fastest exceeds by at most 1.28, so it would be hopeless."""
 ROUND_US, TACTIC_US = 1000.0, 10_000.0
 """What a round of a tactic takes at least, as a graph; what all its rounds should take together."""
 FEWEST_ROUNDS = 3
@@ -202,7 +202,7 @@ def measured_roofs() -> dict[str, float]:
 
 
 def provenance(executor: CudaExecutor) -> dict[str, Any]:
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()[0]  # a line a GPU
     return {
         "gpu": executor.device_name,
         "sms": torch.cuda.get_device_properties(executor.device).multi_processor_count,

@@ -27,7 +27,8 @@ GEMM_ROWS = ("1", "16", "64", "128", "256", "1024")
 
 def tables() -> str:
     environment = load("gemm")["environment"]
-    machine = f"One {environment['gpu']}, driver {environment['driver']}, CUDA {environment['cuda']}"
+    driver = environment["driver"].split()[0]  # results of hosts with several GPUs name it once for each
+    machine = f"One {environment['gpu']}, driver {driver}, CUDA {environment['cuda']}"
     lines = [
         f"{machine}, torch {environment['torch']}; median microseconds of",
         "CUDA-graph replays. A whole layer, one rank's share, balanced routing with ready top-k ids, beside",
@@ -156,9 +157,11 @@ def load(name: str) -> dict[str, Any]:
 
 
 def _older(name: str) -> str:
-    """What to say of results of another library of kernels than the layers'."""
+    """What to say of results of other kernels than the layers'. A library that holds CUTLASS' as well has another hash,
+    but is of the same commit."""
     mine, layers = (load(each)["environment"] for each in (name, f"layer-{next(iter(LAYERS))}"))
-    return "" if mine["library_hash"] == layers["library_hash"] else f" (by the kernels of commit {mine['commit']})"
+    same = any(mine[key] == layers[key] for key in ("library_hash", "commit"))
+    return "" if same else f" (by the kernels of commit {mine['commit']})"
 
 
 def _layer_cell(point: dict[str, Any] | None) -> str:

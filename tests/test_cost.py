@@ -53,11 +53,10 @@ def points(known: dict[str, KernelVariant]) -> list[tuple[str, dict[str, float],
 
 
 def test_every_measured_variant_is_known_and_every_one_measured() -> None:
-    """Each at every point, those that apply the activation as gemm1 only; no twins that gather or combine."""
-    results = json.loads(MEASURED.read_text())["results"]
-    alone = {tactic: v for tactic, v in variants().items() if not (v.gathers or v.combines)}
-    for name, gemm in results.items():
-        expected = {tactic for tactic, v in alone.items() if name.endswith("g1") or not v.swiglu}
+    """Each at every point: as gemm1 all that combine nothing, as gemm2 all that neither activate nor gather."""
+    for name, gemm in json.loads(MEASURED.read_text())["results"].items():
+        serves = (lambda v: not v.combines) if name.endswith("g1") else (lambda v: not v.swiglu)
+        expected = {tactic for tactic, v in variants().items() if serves(v)}
         for rows, point in gemm["by_rows_per_expert"].items():
             assert point["interleaved_us"].keys() == expected, (name, rows)
 
@@ -74,8 +73,8 @@ def worst(found: list[tuple[str, dict[str, float], dict[str, float]]]) -> float:
 
 
 def test_the_headroom_is_what_it_says() -> None:
-    assert 1.45 < worst(points(COLLECTIVES)) < 1.49
-    assert 1.2 < worst(points(LIBRARY)) < 1.23 < HEADROOM
+    assert 1.65 < worst(points(COLLECTIVES)) < 1.67
+    assert 1.27 < worst(points(LIBRARY)) < 1.28 < HEADROOM
 
 
 @pytest.mark.parametrize(
@@ -114,9 +113,10 @@ def variant(
 
 def test_tiles_and_waves_by_hand() -> None:
     # 3 experts with rows: 1, 1 and 2 tiles of 64 tokens, each times 4 tiles of 128 weights.
-    found = cost(variant((128, 64), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, H200)
+    roofs = dataclasses.replace(H200, l2_tbps=1e3)
+    found = cost(variant((128, 64), swap_ab=True), [1, 64, 0, 65], (512, 1024), 10, roofs)
     assert (found.tiles, found.waves) == (16, 2)
-    assert found.tiles_us == pytest.approx(2 * 10 * (2 * 64 * 128) * 1024 / H200.block_scaled_tflops / 1e6)
+    assert found.tiles_us == pytest.approx(2 * 10 * (2 * 64 * 128) * 1024 / roofs.block_scaled_tflops / 1e6)
     read = 3 * (512 * 1024 + 4 * 4 * 8) + 130 * (1024 + 8 * 4 + 2 * 512)
     assert found.memory_us == pytest.approx(read / H200.read_tbps / 1e6)
     # Tiles of 16 tokens, 1, 4 and 5 of them: too narrow for the tensor cores, so L2 is their limit.
