@@ -136,10 +136,10 @@ def _regime_table() -> list[str]:
         *lines,
         "",
         f"Tuning took {case['tune_seconds']:.0f} s for {len(case['buckets'])} buckets{_older('tuner-qwen3-235b')}.",
-        "Measured anew on other seeds,",
-        f"the plan's GEMMs lose {regret['mean']:.1%} on average and {regret['worst']:.1%} at worst to the best of all",
-        f"kernels at each size, with hindsight at most {regret['worst_bound']:.1%}; over the default they gain",
-        f"{default['mean']:.1%} on average, {best:.0%} at best and {default['worst']:.1%} at worst.",
+        f"Measured anew on other seeds, the plan's GEMMs lose {regret['mean']:.1%} on average and",
+        f"{regret['worst']:.1%} at worst to the best of all kernels at each size, with hindsight at most",
+        f"{regret['worst_bound']:.1%}; over the default they gain {default['mean']:.1%} on average, {best:.0%} at best",
+        f"and {default['worst']:.1%} at worst.",
         "",
     ]
 
