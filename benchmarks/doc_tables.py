@@ -73,7 +73,7 @@ def archs() -> str:
 
     def cell(name: str, arch: str) -> str:
         if ARCHES[arch].links:
-            kernels = select(arch, FORMATS[name].weights.name.lower())
+            kernels = select(arch, FORMATS[name].weight_layout.name.lower())
             return f"layers run, kernels: {sum(not entry.yardstick for entry in kernels)}"
         kernels = select(arch, name)
         return f"compiled only, kernels: {len(kernels)}" if kernels else "none of its own"

@@ -41,7 +41,7 @@ from moe_runtime import MoEConfig, Parallel
 from moe_runtime.errors import MoEError
 from moe_runtime.executors.base import GEMMS, LayerInputs, MoEProblem, random_inputs
 from moe_runtime.executors.cuda import CudaExecutor
-from moe_runtime.formats import FORMATS, Weights
+from moe_runtime.formats import FORMATS
 from moe_runtime.reference import reference_layer, relative_error
 from moe_runtime.weights import ExpertWeights, random_weights
 from moe_runtime.workload import kernel_rows, make_workload
@@ -132,7 +132,7 @@ def run(
             except MoEError:
                 continue
             weights = random_weights(shape, device="cuda")
-            tflops = rates[shape.config.number_format.weights == Weights.FP8_BLOCK]
+            tflops = rates[shape.config.number_format.weight_layout.multiplies_e4m3]
             for count in tokens:
                 yield measure(executor, shape, weights, case, count, tflops)
             del weights

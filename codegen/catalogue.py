@@ -159,6 +159,19 @@ CATALOGUE: tuple[Entry, ...] = (
         )
         for entry in tile
     ),
+    *(
+        entry
+        for tile in (
+            mixed("fp8_mxfp4", 8, "up to 8 rows per expert"),
+            mixed("fp8_mxfp4", 16, "9 to 16 rows per expert"),
+            mixed("fp8_mxfp4", 32, "17 to 32 rows per expert"),
+            mixed("fp8_mxfp4", 64, "33 to 64 rows per expert"),
+            mixed("fp8_mxfp4", 128, "65 to 128 rows per expert"),
+            mixed("fp8_mxfp4", 192, "129 to 192 rows per expert: 0.8 of the time of 256"),
+            mixed("fp8_mxfp4", 256, "more rows: weights are decoded half as often as for 128, 15 % faster"),
+        )
+        for entry in tile
+    ),
     collective((128, 128), COOPERATIVE, "most reuse that fits the registers: many rows per expert"),
     collective((128, 128), COOPERATIVE, "two weight tiles share one load of the tokens", cluster=(1, 2)),
     collective(

@@ -20,7 +20,7 @@ COOPERATIVE = (
     Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative,
     Kernel.PtrArrayTmaWarpSpecializedCooperative,
 )
-MIXED_WEIGHTS = ("mxfp4", "nvfp4", "bf16")
+MIXED_WEIGHTS = ("mxfp4", "nvfp4", "bf16", "fp8_mxfp4")
 MAX_MIXED_TOKENS = 256  # columns of one wgmma
 
 # Kernel schedules of each (arch, format), and the epilogue schedule that runs with each.
@@ -41,7 +41,7 @@ SCHEDULES = {
         Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized1SmSm100: Epilogue.PtrArrayTmaWarpSpecialized1Sm,
         Kernel.PtrArrayMxf8f6f4TmaWarpSpecialized2SmSm100: Epilogue.PtrArrayTmaWarpSpecialized2Sm,
     },
-    # Kernels of our own for bf16 tokens: templates/mixed.
+    # Kernels of our own for packed weights: templates/mixed.
     **{
         ("sm_90a", weights): {
             Kernel.PtrArrayTmaWarpSpecializedCooperative: Epilogue.PtrArrayTmaWarpSpecializedCooperative
@@ -242,6 +242,8 @@ def mixed_tile(v: Variant) -> str | None:
             f"decoded weights are operand A, in registers: 128 of them by up to {MAX_MIXED_TOKENS} tokens, swapped; "
             f"not {v.tile.m}x{v.tile.n}"
         )
+    if v.family == "mixed" and v.format == "fp8_mxfp4" and v.tile.k != SCALE_BLOCK:
+        return f"sums of e4m3 products are promoted every {SCALE_BLOCK} of K, which is tile k: not {v.tile.k}"
     if v.family == "mixed" and v.tile.k not in (64, 128):
         return f"weights are packed in slices of 64 of K, two to a block: tile k is 64 or 128, not {v.tile.k}"
     return None

@@ -68,11 +68,12 @@ class Tags:
 class Variant:
     """One grouped GEMM kernel. `swap_ab`: the weights are operand A, so the token tile is `tile.n`.
 
-    `family`: one of CUTLASS' collectives, or a kernel of our own: templates/direct, or templates/mixed, for bf16 tokens
-    and packed weights, whose encoding alone is its `format`. `ends`: what it does beside the product. swiglu: the
-    epilogue applies the activation and quantises, so the kernel serves as GEMM1 only and its weight tile counts rows of
-    gate and up alike; gather_swiglu: it also loads tokens from where they came in. combine: the epilogue adds weighted
-    rows to the tokens' output, so the kernel serves as GEMM2 only.
+    `family`: one of CUTLASS' collectives, or a kernel of our own: templates/direct, or templates/mixed, for packed
+    weights, whose encoding alone is its `format`, and bf16 tokens; of fp8_mxfp4 for mxfp4's weights and e4m3 tokens.
+    `ends`: what it does beside the product. swiglu: the epilogue applies the activation and quantises, so the kernel
+    serves as GEMM1 only and its weight tile counts rows of gate and up alike; gather_swiglu: it also loads tokens
+    from where they came in. combine: the epilogue adds weighted rows to the tokens' output, so the kernel serves as
+    GEMM2 only.
     """
 
     arch: str
@@ -150,8 +151,16 @@ class Variant:
 
     @property
     def instruction_n(self) -> int:
-        """Columns of one wgmma: unswapped, a direct kernel takes its weight tile by scale blocks."""
-        return 128 if self.family == "direct" and not self.swap_ab else self.tile.n
+        """Columns of one wgmma: unswapped, a direct kernel takes its weight tile by scale blocks; a mixed kernel of
+        e4m3 tokens takes 64 at a time, whose sums are promoted while the next multiply."""
+        if self.family == "direct" and not self.swap_ab:
+            return 128
+        return min(self.tile.n, 64) if self.format == "fp8_mxfp4" else self.tile.n
+
+    @property
+    def packed_type(self) -> str:
+        """Of templates/mixed/decode.cuh."""
+        return self.format.title().replace("_", "")
 
     @property
     def token_cluster(self) -> int:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import Unsupported
-from .formats import Weights
+from .formats import WeightLayout
 
-ABI_VERSION = 8
+ABI_VERSION = 9
 LIBRARY_VARIABLE = "MOE_RUNTIME_LIBRARY"
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -181,7 +181,7 @@ class KernelVariant:
 
     index: its place in the library, which native calls select it by. tile: (M, N, K) and cluster: (M, N) of the GEMM
     as CUTLASS sees it; with swap_ab, M counts weight rows and N tokens. swiglu: serves as gemm1 only, and leaves
-    activations as gemm2 reads them; its weight rows count gate and up. weights: the encoding that it reads.
+    activations as gemm2 reads them; its weight rows count gate and up. weights: how those lie that it reads.
     """
 
     index: int
@@ -192,7 +192,7 @@ class KernelVariant:
     stages: int
     shared_memory_bytes: int
     swiglu: bool
-    weights: Weights = Weights.FP8_BLOCK
+    weights: WeightLayout = WeightLayout.FP8_BLOCK
     gathers: bool = False
     combines: bool = False
 
@@ -270,7 +270,7 @@ class KernelLibrary:
                     record.stages,
                     record.shared_memory_bytes,
                     bool(record.swiglu),
-                    Weights(record.weights),
+                    WeightLayout(record.weights),
                     bool(record.gathers),
                     bool(record.combines),
                 )

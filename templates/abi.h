@@ -6,7 +6,7 @@
 #pragma once
 #include <stdint.h>
 
-#define MOE_ABI_VERSION 8
+#define MOE_ABI_VERSION 9
 
 #ifdef __cplusplus
 extern "C" {
@@ -42,11 +42,13 @@ enum MoeRouting {
 enum MoeDtype { MOE_DTYPE_BF16 = 0, MOE_DTYPE_F32 = 1, MOE_DTYPE_E4M3 = 2, MOE_DTYPE_E2M1 = 3 }; // e2m1: two a byte, low nibble first
 enum MoeActivation { MOE_ACTIVATION_SWIGLU = 0, MOE_ACTIVATION_RELU2 = 1 };
 
-// Encodings of weights, each served by kernels of its own. Those of 4 bits and of bf16 multiply bf16 rows.
-enum MoeWeights { MOE_WEIGHTS_FP8_BLOCK = 0, MOE_WEIGHTS_MXFP4 = 1, MOE_WEIGHTS_NVFP4 = 2, MOE_WEIGHTS_BF16 = 3 };
+// How weights lie, each served by kernels of its own. Those of fp8_mxfp4 are mxfp4's, packed for fp8 tokens, whose e4m3 they
+// multiply; all others of 4 bits, and bf16, multiply bf16 rows.
+enum MoeWeights { MOE_WEIGHTS_FP8_BLOCK = 0, MOE_WEIGHTS_MXFP4 = 1, MOE_WEIGHTS_NVFP4 = 2, MOE_WEIGHTS_BF16 = 3, MOE_WEIGHTS_FP8_MXFP4 = 4 };
 
 // Encodings of tokens and activations. fp8_block rows are e4m3 with one fp32 scale per 1x128. All others are stored as
-// the bf16 that their codes and block factors stand for, which is exact; see ops/token_formats.cuh.
+// the bf16 that their codes and block factors stand for, which is exact, but fp8 beside fp8_mxfp4's weights as its e4m3; see
+// ops/token_formats.cuh.
 enum MoeTokens { MOE_TOKENS_FP8_BLOCK = 0, MOE_TOKENS_BF16 = 1, MOE_TOKENS_FP8 = 2, MOE_TOKENS_MXFP8 = 3, MOE_TOKENS_NVFP4 = 4 };
 
 // Scale layout of one group as CUTLASS' K-major Sm90BlockwiseScaleConfig stores it:
@@ -80,7 +82,7 @@ typedef struct MoeRowOrigin {
 
 // The same operands as whole arrays, which is all that other kernels than CUTLASS' need.
 typedef struct MoeGemmOperands {
-  void const* tokens;        // grouped by local expert: e4m3 [max_rows, k], or bf16 where weights are not fp8_block
+  void const* tokens;        // grouped by local expert: e4m3 [max_rows, k], or bf16, by the weights: see MoeWeights
   float const* token_scales; // [max_rows, k/128], or null
   void const* weights;       // e4m3 [L, n, k], or packed as the variant reads them
   float const* weight_scales;// [L, n/128, k/128]; where weights are not fp8_block [L], null: 1
@@ -88,7 +90,7 @@ typedef struct MoeGemmOperands {
   int32_t* tiles_taken;      // [1]: 0, and 0 again after the launch
   int32_t* output_done;      // [L] or null: pieces of 64 activations that are in memory, by group, to be added to
   int32_t const* tokens_done;// [L] or null: the same of the kernel launched before, which need not have finished
-  void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, [max_rows, n/2], of fp8_block e4m3
+  void* output;              // bf16 [max_rows, n]; where the variant fuses SwiGLU, [max_rows, n/2] as the tokens
   float* output_scales;      // [max_rows, n/2/128] with SwiGLU
   int64_t max_rows;
   int32_t gate_first;        // as in MoeLayer
@@ -155,7 +157,7 @@ typedef struct MoeLayer {
   int32_t local_expert_offset, num_local_experts;
   int32_t stages;              // MoeStage bits
   int32_t gemm1_variant, gemm2_variant; // indices into moe_variant()
-  int32_t weights, tokens;     // MoeWeights, MoeTokens: fp8_block both or neither
+  int32_t weights, tokens;     // MoeWeights, MoeTokens: fp8_block both or neither; of fp8_mxfp4 the tokens are fp8
   int32_t routing_method, n_group, topk_group;
   int32_t num_fused_shared_experts; // the last of num_experts, which every token has in the last of its top_k slots
   float routed_scaling_factor;
@@ -194,7 +196,8 @@ typedef struct MoeLayer {
   void* stream;
 } MoeLayer;
 
-// Byte offsets into the workspace. Where tokens are not fp8_block, rows and activation are bf16, without scales.
+// Byte offsets into the workspace. Where tokens are not fp8_block, rows and activation have no scales, and are bf16 unless the
+// weights are fp8_mxfp4's.
 typedef struct MoeWorkspace {
   int64_t topk_ids;         // int32 [T, top_k], where the caller gave none
   int64_t topk_weights;     // f32 [T, top_k], likewise

@@ -83,7 +83,7 @@ def constants(prefix: str) -> dict[str, int]:
     ("prefix", "mirror"),
     [
         ("MOE_STAGE", kernels.Stage),
-        ("MOE_WEIGHTS", formats.Weights),
+        ("MOE_WEIGHTS", formats.WeightLayout),
         ("MOE_TOKENS", formats.Tokens),
         ("MOE_ACTIVATION", kernels.Activation),
     ],

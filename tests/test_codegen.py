@@ -109,14 +109,14 @@ def test_what_gathers_has_a_twin_that_reads_rows_in_order(v):
     assert dataclasses.replace(v, ends="swiglu") in VARIANTS
 
 
-@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "bf16"])
-def test_every_tile_of_packed_weights_serves_either_gemm(format):
+@pytest.mark.parametrize(("format", "tiles"), [("mxfp4", 6), ("nvfp4", 6), ("bf16", 6), ("fp8_mxfp4", 7)])
+def test_every_tile_of_packed_weights_serves_either_gemm(format, tiles):
     """A gated gemm1 by the kernel that activates, one without gate by the plain kernel, gemm2 by either other."""
     of_tile = {}
     for v in VARIANTS:
         if (v.arch, v.format) == ("sm_90a", format):
             of_tile.setdefault(v.tile, set()).add(v.ends)
-    assert len(of_tile) == 6 and all(ends == {"plain", "combine", "swiglu"} for ends in of_tile.values())
+    assert len(of_tile) == tiles and all(ends == {"plain", "combine", "swiglu"} for ends in of_tile.values())
 
 
 def test_every_kernel_of_our_own_that_leaves_rows_has_a_twin_that_combines():

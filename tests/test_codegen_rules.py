@@ -109,6 +109,7 @@ BAD = [
     (rules.mixed_tile, mixed(256, 16), "not 256x16"),
     (rules.mixed_tile, mixed(128, 320), "not 128x320"),
     (rules.mixed_tile, mixed(128, 16, 256), "not 256"),
+    (rules.mixed_tile, mixed(128, 16, 64, format="fp8_mxfp4"), "not 64"),
     (
         rules.swiglu_has_whole_scale_blocks,
         dataclasses.replace(sm90(256, 16, swap_ab=True), ends="swiglu"),
@@ -152,6 +153,7 @@ GOOD_TILES = [
         for n, k in ((8, 128), (16, 128), (32, 128), (64, 128), (128, wide_k), (256, 64))
         for ends in OF_MIXED
     ),
+    *(mixed(128, n, format="fp8_mxfp4", ends=ends) for n in (8, 16, 32, 64, 128, 192, 256) for ends in OF_MIXED),
     sm90(128, 16, cluster=(2, 1), swap_ab=True),
 ]
 BAD_TILES = [
@@ -161,6 +163,7 @@ BAD_TILES = [
     *(direct(m, n) for m, n in ((256, 128), (128, 192), (64, 128))),
     *(direct(256, n, swap_ab=True, ends="swiglu") for n in (24, 128)),
     mixed(128, 24),
+    mixed(128, 64, 64, format="fp8_mxfp4"),
 ]
 
 

@@ -27,7 +27,7 @@ from moe_runtime.kernels import KernelLibrary
 pytestmark = [pytest.mark.compile, pytest.mark.timeout(1800)]
 
 OPS = {path.stem for path in (TEMPLATES / "ops").glob("*.cu")}
-WEIGHTS = {"fp8_block": 0, "mxfp4": 1, "nvfp4": 2, "bf16": 3}  # MoeWeights
+WEIGHTS = {"fp8_block": 0, "mxfp4": 1, "nvfp4": 2, "bf16": 3, "fp8_mxfp4": 4}  # MoeWeights
 SM90_SHARED_MEMORY = 227 * 1024  # what one thread block may have
 
 
@@ -40,10 +40,11 @@ def chosen(arch: str, *patterns: str) -> tuple[Entry, ...]:
 SUBSET = {
     "sm_90a": chosen(
         "sm_90a",
+        "fp8_mxfp4_mixed_128x256x128_1x1x1_*_swiglu",
         "direct_128x128x128_1x1x1_*_combine",
         "direct_256x16x128_1x1x1_*_gather_swiglu",
         "fp8_block_128x16x128_1x1x1_*cooperative_swap_ab",
-        "mxfp4_mixed_128x256x64_1x1x1_*_combine",
+        "_mxfp4_mixed_128x256x64_1x1x1_*_combine",
         "nvfp4_mixed_128x64x128_1x1x1_*_swiglu",
     ),
     # Between them, on Blackwell: every format, one and two thread blocks an instruction, either operand order.
@@ -53,7 +54,8 @@ SUBSET = {
     "sm_120a": chosen("sm_120a", "mxfp8_mxfp4"),
 }
 OWN = [entry.variant for entry in SUBSET["sm_90a"] if entry.variant.family != "collective"]
-OPERANDS = {"direct": "k32.f32.e4m3.e4m3", "mixed": "k16.f32.bf16.bf16"}
+E4M3_OPERANDS, BF16_OPERANDS = "k32.f32.e4m3.e4m3", "k16.f32.bf16.bf16"
+OPERANDS = {"fp8_block": E4M3_OPERANDS, "fp8_mxfp4": E4M3_OPERANDS, "mxfp4": BF16_OPERANDS, "nvfp4": BF16_OPERANDS}
 # SASS of PTX' tcgen05.mma (its descriptors, its operands in tensor memory, factors last) and mma.sync, less registers:
 # kinds f8f6f4, mxf4nvf4 and mxf8f6f4. {pair} is for two thread blocks.
 MULTIPLICATIONS = {
@@ -142,8 +144,8 @@ def test_registers_were_told_for_every_kernel(built):
 
 
 def test_our_kernels_are_quick_to_compile_and_spill_nothing(sm90):
-    own = [kernel for kernel in sm90.kernels if kernel.kind in OPERANDS]
-    assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 4
+    own = [kernel for kernel in sm90.kernels if kernel.kind in ("direct", "mixed")]
+    assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 5
     for kernel in own:
         assert kernel.compile_seconds <= 15
         assert kernel.spill_bytes == 0
@@ -160,7 +162,7 @@ def test_our_kernels_multiply_on_tensor_cores(sm90, toolchain, tmp_path, v):
     columns = {v.instruction_n}
     if v.family == "direct" and not v.swap_ab:
         columns.add(v.instruction_n // 2)  # halves of tiles
-    assert multiplied == {f"m64n{count}{OPERANDS[v.family]}" for count in columns}
+    assert multiplied == {f"m64n{count}{OPERANDS[v.format]}" for count in columns}
 
 
 def test_library_manifest_tells_stages_and_shared_memory(sm90):

@@ -14,7 +14,7 @@ from moe_runtime import MoEConfig, Parallel
 from moe_runtime.errors import InvalidArgument
 from moe_runtime.executors import get_executor
 from moe_runtime.executors.base import GEMMS, MoEProblem
-from moe_runtime.formats import Weights
+from moe_runtime.formats import WeightLayout
 from moe_runtime.kernels import KernelVariant
 from moe_runtime.roofs import ROOFS, Roofs
 from moe_runtime.tuning.buckets import MOST, by_usefulness, plan_buckets, propose
@@ -142,15 +142,22 @@ def test_halves_of_tiles_by_hand(name: str, l2_tbps: float, waves: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("weights", "each"), [(Weights.MXFP4, 17 / 32), (Weights.NVFP4, 9 / 16), (Weights.BF16, 2.0)], ids=str
+    ("weights", "each", "row_bytes", "tflops"),
+    [
+        (WeightLayout.MXFP4, 17 / 32, 2, H200.bf16_tflops),
+        (WeightLayout.NVFP4, 9 / 16, 2, H200.bf16_tflops),
+        (WeightLayout.BF16, 2.0, 2, H200.bf16_tflops),
+        (WeightLayout.FP8_MXFP4, 17 / 32, 1, H200.block_scaled_tflops),
+    ],
+    ids=str,
 )
-def test_weights_of_fewer_bits_read_less(weights: Weights, each: float) -> None:
-    """Beside bf16 rows, and as fast as bf16 multiplies."""
+def test_weights_of_fewer_bits_read_less(weights: WeightLayout, each: float, row_bytes: int, tflops: float) -> None:
+    """Beside bf16 rows, and as fast as bf16 multiplies, or beside e4m3 rows."""
     v = dataclasses.replace(variant((128, 64), swap_ab=True), weights=weights)
     found = cost(v, [1, 64, 0, 65], (512, 1024), 10, H200)
-    read = 3 * 512 * 1024 * each + 130 * 2 * (1024 + 512)
+    read = 3 * 512 * 1024 * each + 130 * (row_bytes * 1024 + 2 * 512)
     assert found.memory_us == pytest.approx(read / H200.read_tbps / 1e6)
-    tile = max(2 * 64 * 128 / H200.bf16_tflops, (2 * 64 + each * 128) / H200.l2_tbps) * 1024
+    tile = max(2 * 64 * 128 / tflops, (row_bytes * 64 + each * 128) / H200.l2_tbps) * 1024
     assert found.tiles_us == pytest.approx(2 * 10 * tile / 1e6)
 
 
@@ -281,7 +288,7 @@ def test_kernels_of_an_executor_give_predictions_and_buckets() -> None:
 def test_kernels_of_other_weights_make_no_buckets() -> None:
     """A tile of 256 tokens is one of packed weights alone."""
     executor, shape = FakeExecutor({"plain": 1}), problem("deepseek-r1", "dep8")
-    executor.variants = library(weights=tuple(Weights))
+    executor.variants = library(weights=tuple(WeightLayout))
     assert {v.token_tile for v in executor.variants.values()} > set(TILES)
     assert plan_buckets(shape, executor, 8192, "balanced") == propose(shape, 8192, TILES)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from moe_runtime import FusedMoE, PackedWeights, Unsupported, flashinfer
 from moe_runtime.executors.base import GEMMS, LayerInputs
 from moe_runtime.executors.cuda import CudaExecutor
-from moe_runtime.formats import FORMATS, Tokens, Weights
+from moe_runtime.formats import FORMATS, Tokens, WeightLayout, Weights
 from moe_runtime.formats.tokens import quantise_tokens
 from moe_runtime.kernels import DTYPE_BF16, DTYPE_E2M1, DTYPE_E4M3, KernelVariant, LayerArguments
 from moe_runtime.ops import shared_calls
@@ -28,20 +28,20 @@ FACTORS = ("gemm1_bias", "alpha", "beta", "clamp", "activation_multiplier", "gem
 
 
 def variants() -> dict[str, KernelVariant]:
-    """For each encoding of weights a kernel, and of packed ones another that activates; fp8_block's takes 128 rows at a
+    """For each layout of weights a kernel, and of packed ones another that activates; fp8_block's takes 128 rows at a
     time."""
-    kinds = [(encoding, False) for encoding in Weights] + [(encoding, True) for encoding in Weights]
+    kinds = [(layout, swiglu) for swiglu in (False, True) for layout in WeightLayout]
     return {
-        kernel(encoding, swiglu): KernelVariant(
-            index, kernel(encoding, swiglu), (128, 16, 128), (1, 1), True, 4, 0, swiglu=swiglu, weights=encoding
+        kernel(layout, swiglu): KernelVariant(
+            index, kernel(layout, swiglu), (128, 16, 128), (1, 1), True, 4, 0, swiglu=swiglu, weights=layout
         )
-        for index, (encoding, swiglu) in enumerate(kinds)
-        if not (swiglu and encoding == Weights.FP8_BLOCK)
+        for index, (layout, swiglu) in enumerate(kinds)
+        if not (swiglu and layout == WeightLayout.FP8_BLOCK)
     }
 
 
-def kernel(encoding: Weights, swiglu: bool) -> str:
-    return f"kernel_{encoding.name}" + swiglu * "_swiglu"
+def kernel(layout: WeightLayout, swiglu: bool) -> str:
+    return f"kernel_{layout.name}" + swiglu * "_swiglu"
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def tiles(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every tensor that was packed, in turn; its tiles are the bytes of the values here."""
     made: list[Tensor] = []
 
-    def pack(encoding: Weights, values: Tensor, scale: Tensor | None) -> tuple[Tensor, float]:
+    def pack(layout: WeightLayout, values: Tensor, scale: Tensor | None) -> tuple[Tensor, float]:
         made.append(values)
         return values.view(torch.uint8).flatten().clone(), 1.0
 
@@ -81,11 +81,11 @@ def test_arguments(executor: CudaExecutor, format: str, activation: str) -> None
     weights, (x, logits) = make_weights(problem), make_inputs(problem.config)
     FusedMoE(problem.config, problem.parallel, weights)(x, logits)
     call, operands, found = last_call(executor), weights.tiled_operands, FORMATS[format]
-    assert (call["weights"], call["tokens"]) == (found.weights, found.tokens)
+    assert (call["weights"], call["tokens"]) == (found.weight_layout, found.tokens)
     assert call["activation"] == (activation == "relu2")
     assert (call["hidden_size"], call["intermediate_size"]) == (96, 160)
-    assert call["gemm1_variant"] == executor.variants[kernel(found.weights, activation == "swiglu")].index
-    assert call["gemm2_variant"] == executor.variants[kernel(found.weights, False)].index
+    assert call["gemm1_variant"] == executor.variants[kernel(found.weight_layout, activation == "swiglu")].index
+    assert call["gemm2_variant"] == executor.variants[kernel(found.weight_layout, False)].index
     assert call["gemm1_weights"] == operands.gate_up.data_ptr() != weights.operands.gate_up.data_ptr()
     assert call["gemm2_weights"] == operands.down.data_ptr()
     assert call["gemm1_weights_scale"] == call["gemm2_weights_scale"] == 0
@@ -215,10 +215,10 @@ def test_packed_weights_go_with_the_caller_s(executor: CudaExecutor, tiles: list
 @pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("format", FORMATS)
 def test_tactics_are_those_that_read_the_weights(executor: CudaExecutor, format: str, gemm: Any) -> None:
-    problem, encoding = make_problem(format), FORMATS[format].weights
-    own = [name for name, variant in executor.variants.items() if variant.weights == encoding]
+    problem, layout = make_problem(format), FORMATS[format].weight_layout
+    own = [name for name, variant in executor.variants.items() if variant.weights == layout]
     assert executor.tactics(problem, gemm) == tuple(own)
-    name = kernel(encoding, gemm == "gemm1" and format != "fp8_block")
+    name = kernel(layout, gemm == "gemm1" and format != "fp8_block")
     assert executor.can_implement(problem, gemm, name) is None
     assert executor.default_tactic(problem, gemm, 7) == name
     for other in executor.variants.keys() - own:

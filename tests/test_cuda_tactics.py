@@ -17,27 +17,27 @@ from moe_runtime import MoEConfig, Parallel, machine
 from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem, able_tactics
 from moe_runtime.executors.cuda import CudaExecutor
 from moe_runtime.executors.default_tactic import twin
-from moe_runtime.formats import FORMATS, Weights
+from moe_runtime.formats import FORMATS, WeightLayout
 from moe_runtime.kernels import KernelVariant, LayerArguments, WorkspaceLayout
 from moe_runtime.workload import kernel_rows, make_workload
 
-ENCODINGS = tuple(Weights)
+ENCODINGS = tuple(WeightLayout)
 GRID = Path(__file__).parent.parent / "benchmarks/results/h200/grid.json"
 NAME = "sm90a_fp8_block_{}128_{}x1_warpspecialized_cooperative{}".format
 
 
 def library(
-    *chosen: str, catalogue: str = "default_entries", weights: Sequence[Weights] = (Weights.FP8_BLOCK,)
+    *chosen: str, catalogue: str = "default_entries", weights: Sequence[WeightLayout] = (WeightLayout.FP8_BLOCK,)
 ) -> dict[str, KernelVariant]:
     """The variants of a library built of the catalogue that read such weights, or the ones of these names."""
     entries = [entry.variant for entry in getattr(machine.generator("catalogue"), catalogue)("sm_90a")]
     return {
         v.name: KernelVariant(
             index, v.name, (v.tile.m, v.tile.n, v.tile.k), (v.cluster.m, v.cluster.n), v.swap_ab, 4, 0, v.swiglu,
-            Weights[v.format.upper()], v.gathers, v.combines,
+            WeightLayout[v.format.upper()], v.gathers, v.combines,
         )
         for index, v in enumerate(entries)
-        if Weights[v.format.upper()] in weights and (not chosen or v.name in chosen)
+        if WeightLayout[v.format.upper()] in weights and (not chosen or v.name in chosen)
     }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_every_format_has_kernels_of_its_own(format: str, gemm: Gemm) -> None:
     sizes = (768, 384) if format == "fp8_block" else (2880, 2880)
     made, shape = executor(library(weights=ENCODINGS)), problem(*sizes, format=format)
     tactics = made.tactics(shape, gemm)
-    assert tactics and {made.variants[name].weights for name in tactics} == {FORMATS[format].weights}
+    assert tactics and {made.variants[name].weights for name in tactics} == {FORMATS[format].weight_layout}
     chosen = [made.default_tactic(shape, gemm, rows) for rows in (1, 512, 8192)]
     assert set(chosen) <= set(able_tactics(made, shape, gemm))
     if format != "fp8_block":

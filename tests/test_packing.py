@@ -17,7 +17,8 @@ from torch import Tensor
 
 from moe_runtime import MoEConfig, PackedWeights
 from moe_runtime.errors import InvalidArgument
-from moe_runtime.formats.packing import pack_bf16, pack_mxfp4, pack_nvfp4
+from moe_runtime.formats import find_format
+from moe_runtime.formats.packing import pack_bf16, pack_fp8_mxfp4, pack_mxfp4, pack_nvfp4
 from tests.host_build import compile_shim, needs_gxx
 from tests.reference_formats import dequantise_weights
 
@@ -34,7 +35,29 @@ def decode(tmp_path_factory: pytest.TempPathFactory) -> Decode:
     """(encoding, one expert's blob) -> float64 [rows, columns] of the padded matrix, from every thread's fragments."""
     handle = compile_shim("decode_shim", tmp_path_factory.mktemp("decode"))
 
+    def decode_e4m3(blob: Tensor) -> np.ndarray:
+        """Operand A of m64k32 times what its products are multiplied by."""
+        tiles, blocks, _ = blob.shape
+        matrix = np.full((128 * tiles, 128 * blocks), np.nan)
+        fragments = np.empty((8, 8, 4, 4, 4), np.uint32)  # [warp, group, lane, step, register]
+        factors = np.empty((8, 8, 4, 2), np.float32)  # [warp, group, lane, half]
+        warp, group, lane, step, register = np.ix_(*map(np.arange, fragments.shape))
+        rows = 16 * warp + group + 8 * (register % 2) + 0 * (lane + step)
+        columns = 32 * step + 4 * lane + 16 * (register // 2) + 0 * (warp + group)
+        for tile, block in itertools.product(range(tiles), range(blocks)):
+            given = np.ascontiguousarray(blob[tile, block].numpy())
+            pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (given, fragments, factors))
+            assert handle.fp8_mxfp4(*pointers) == given.size
+            assert (factors == factors[:, :, :1]).all()
+            for place in range(4):
+                codes = torch.from_numpy((fragments >> 8 * place).astype(np.uint8)).view(torch.float8_e4m3fn)
+                values = codes.double().numpy() * factors[:, :, :, None].repeat(2, 3).reshape(8, 8, 4, 1, 4)
+                matrix[128 * tile + rows, 128 * block + columns + place] = values
+        return matrix
+
     def decode(encoding: str, blob: Tensor) -> np.ndarray:
+        if encoding == "fp8_mxfp4":
+            return decode_e4m3(blob)
         tiles, blocks, size = blob.shape
         slices = np.ascontiguousarray(blob.numpy().reshape(tiles, 2 * blocks, size // 2))
         matrix = np.full((128 * tiles, 128 * blocks), np.nan)
@@ -93,6 +116,11 @@ def nvfp4(codes: np.ndarray, factors: np.ndarray) -> tuple[Tensor, np.ndarray]:
     return blob, E2M1[codes] * e4m3(factors).repeat(16, -1) * NVFP4_SCALE
 
 
+def fp8_mxfp4(codes: np.ndarray, factors: np.ndarray) -> tuple[Tensor, np.ndarray]:
+    blob = pack_fp8_mxfp4(nibbles(codes)[None], torch.from_numpy(factors)[None])[0]
+    return blob, E2M1[codes] * ue8m0(factors).repeat(32, -1)
+
+
 def every_code(first: int, end: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Codes and factors in which each factor code first .. end - 1 meets all 16 codes at every place of a block."""
     rows, columns = 32, (end - first) * block
@@ -117,19 +145,48 @@ def test_mxfp4_beside_a_far_larger_factor_vanishes(decode: Decode) -> None:
     assert not decoded[:, :32].any()
 
 
+@pytest.mark.parametrize(("first", "end"), [(0, 130), (125, 255)])
+def test_mxfp4_for_e4m3_decodes_every_code_under_every_factor(decode: Decode, first: int, end: int) -> None:
+    blob, values = fp8_mxfp4(*every_code(first, end, 32))
+    np.testing.assert_array_equal(decode("fp8_mxfp4", blob), padded(values))
+
+
+@pytest.mark.parametrize("distance", [0, 1, 13, 14, 15, 16, 100])
+@pytest.mark.parametrize("largest", [0, 5, 20, 130, 254])
+def test_mxfp4_for_e4m3_is_exact_up_to_14_binades_below_a_rows_largest_factor(
+    decode: Decode, largest: int, distance: int
+) -> None:
+    """Then it is zero. Beside, a block of zeros with the largest factor of all, which does not count."""
+    factors = np.array([[largest, max(largest - distance, 0), 254, largest], [127, 100, 127, 120]], np.uint8)
+    factors = np.repeat(factors, 16, 0)
+    codes = (np.arange(32)[:, None] + np.arange(128)) % 16
+    codes[:16, 64:96] %= 2
+    codes[:16, 64:96] *= 8  # zeros of either sign
+    blob, values = fp8_mxfp4(codes.astype(np.uint8), factors)
+    expected = values.copy()
+    if min(largest, distance) > 14:
+        expected[:16, 32:64] = 0
+    expected[16:, 32:64] = 0  # 27 binades
+    np.testing.assert_array_equal(decode("fp8_mxfp4", blob)[:32, :128], expected)
+
+
 def test_nvfp4_decodes_every_code_under_every_factor(decode: Decode) -> None:
     blob, values = nvfp4(*every_code(0, 127, 16))
     np.testing.assert_array_equal(bits(decode("nvfp4", blob)), bits(padded(values)))
 
 
-@pytest.mark.parametrize(("encoding", "block", "factors"), [(mxfp4, 32, (100, 140)), (nvfp4, 16, (0, 127))])
+@pytest.mark.parametrize(
+    ("encoding", "block", "factors"), [(mxfp4, 32, (100, 140)), (nvfp4, 16, (0, 127)), (fp8_mxfp4, 32, (113, 128))]
+)
 @given(n=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=10)
 def test_fragments_are_the_weights_and_zeros_around_them(decode, encoding, block, factors, n, k, seed) -> None:
     generator = np.random.default_rng(seed)
     codes = generator.integers(0, 16, (32 * n, 32 * k), dtype=np.uint8)
     blob, values = encoding(codes, generator.integers(*factors, (32 * n, 32 * k // block), dtype=np.uint8))
-    np.testing.assert_array_equal(bits(decode(encoding.__name__, blob)), bits(padded(values)))
+    decoded = decode(encoding.__name__, blob)
+    np.testing.assert_array_equal(decoded, padded(values))
+    np.testing.assert_array_equal(np.signbit(decoded), np.signbit(padded(values)))
 
 
 @given(n=st.integers(1, 9), k=st.integers(1, 9))
@@ -153,7 +210,7 @@ def test_experts_are_packed_each_for_itself() -> None:
 
 def decoded_layer(decode: Decode, weights: PackedWeights, blob: Tensor) -> np.ndarray:
     """[experts, rows, columns], padded: what either matrix' blob holds, without what packing takes out."""
-    encoding = weights.encoding.name.lower()
+    encoding = find_format(weights.format).weight_layout.name.lower()
     matrices = np.stack([decode(encoding, expert) for expert in blob])
     return matrices / (NVFP4_SCALE if encoding == "nvfp4" else 1)
 
@@ -164,7 +221,7 @@ def values_of(weights: PackedWeights, matrix: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
-@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "fp8_mxfp4", "bf16"])
 @given(inter=st.integers(1, 9), hidden=st.integers(1, 5))
 @settings(max_examples=6)
 def test_tiles_of_gate_up_have_eight_rows_of_gate_beside_eight_of_up(decode, format, gate_first, inter, hidden) -> None:
@@ -187,7 +244,7 @@ def test_tiles_of_gate_up_have_eight_rows_of_gate_beside_eight_of_up(decode, for
     np.testing.assert_array_equal(down, np.stack([padded(expert) for expert in values_of(weights, "down")]))
 
 
-@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "fp8_mxfp4", "bf16"])
 def test_tiles_of_gate_up_without_a_gate_keep_their_order(decode: Decode, format: str) -> None:
     config = MoEConfig("packed", 96, 160, 2, 1, format=format, activation="relu2")
     weights = PackedWeights.random(config, 2, extras=True)
@@ -196,7 +253,7 @@ def test_tiles_of_gate_up_without_a_gate_keep_their_order(decode: Decode, format
 
 
 @pytest.mark.parametrize("gate_first", [True, False])
-@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "bf16"])
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8_mxfp4", "fp8_mxfp4", "bf16"])
 def test_only_the_tiles_have_another_order_than_the_weights(format: str, gate_first: bool) -> None:
     """The bias keeps the caller's: kernels read it by gate_first."""
     weights = PackedWeights.random(MoEConfig("packed", 96, 160, 2, 1, format=format), 2, extras=True)
@@ -220,6 +277,8 @@ E4M3 = torch.zeros(1, 32, 4, dtype=torch.uint8)
         (lambda: pack_mxfp4(CODES.int(), UE8M0), "codes"),
         (lambda: pack_mxfp4(CODES, UE8M0[..., :1]), "factors"),
         (lambda: pack_mxfp4(CODES, UE8M0 + 255), "factors"),
+        (lambda: pack_fp8_mxfp4(CODES[..., :8], UE8M0), "codes"),
+        (lambda: pack_fp8_mxfp4(CODES, UE8M0 + 255), "factors"),
         (lambda: pack_nvfp4(CODES, E4M3), "factors"),
         (lambda: pack_nvfp4(CODES, (E4M3 + 127).view(torch.float8_e4m3fn)), "factors"),
         (lambda: pack_nvfp4(CODES, (E4M3 + 129).view(torch.float8_e4m3fn)), "factors"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, KernelError, Unsupported
-from ..formats import Weights
+from ..formats import WeightLayout
 from ..kernels import (
     DTYPE_BF16,
     DTYPE_E2M1,
@@ -76,8 +76,8 @@ class CudaExecutor:
 
     def tactics(self, problem: MoEProblem, gemm: Gemm) -> tuple[str, ...]:
         """The variants that read the format's weights."""
-        encoding = problem.config.number_format.weights
-        return tuple(name for name, variant in self._variants.items() if variant.weights == encoding)
+        layout = problem.config.number_format.weight_layout
+        return tuple(name for name, variant in self._variants.items() if variant.weights == layout)
 
     def default_tactic(self, problem: MoEProblem, gemm: Gemm, num_rows: int) -> str:
         return self._default(problem, gemm, num_rows)
@@ -96,7 +96,7 @@ class CudaExecutor:
         if tactic not in self._variants:
             return f"no variant {tactic} in {self.library.path.name}"
         variant, (n, _) = self._variants[tactic], problem.gemm_shape(gemm)
-        if variant.weights != problem.config.number_format.weights:
+        if variant.weights != problem.config.number_format.weight_layout:
             return f"it reads {variant.weights.name.lower()} weights"
         if variant.swiglu and gemm == "gemm2":
             return "it applies the activation, which only gemm1 has"
@@ -104,7 +104,7 @@ class CudaExecutor:
             return "it adds up the experts' results, which only gemm2 has"
         if variant.swiglu and not problem.config.is_gated:
             return f"it applies SwiGLU, not {problem.config.activation}"
-        packed = variant.weights != Weights.FP8_BLOCK
+        packed = variant.weights != WeightLayout.FP8_BLOCK
         if packed and gemm == "gemm1" and problem.config.is_gated and not variant.swiglu:
             return "gate and up are packed for kernels that activate"
         # Tiles of packed weights are padded to what a kernel takes at a time.
@@ -291,7 +291,7 @@ class CudaExecutor:
             top_k=config.top_k,
             local_expert_offset=problem.local_expert_offset,
             num_local_experts=problem.num_local_experts,
-            weights=config.number_format.weights,
+            weights=config.number_format.weight_layout,
             tokens=config.number_format.tokens,
             activation=Activation[config.activation.upper()],
             routing_method=config.routing_method,

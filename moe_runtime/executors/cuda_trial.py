@@ -77,9 +77,10 @@ class CudaGemmTrial:
             return executor.view(problem, workspace, tokens, region, shape, dtype)[:rows]
 
         def quantised(region: str, scales: str, width: int) -> tuple[Tensor, Tensor | None]:
+            dtype = torch.float8_e4m3fn if self._formats.weight_layout.multiplies_e4m3 else torch.bfloat16
+            values = view(region, (slots, width), dtype)
             if self._formats.tokens != Tokens.FP8_BLOCK:
-                return view(region, (slots, width), torch.bfloat16), None
-            values = view(region, (slots, width), torch.float8_e4m3fn)
+                return values, None
             return values, view(scales, (slots, width // BLOCK), torch.float32)
 
         prepare = Stage.PERMUTE | Stage.GATHER

@@ -3,7 +3,8 @@
 A blob is uint8 [L, ceil(n/128), ceil(k/128), bytes], its blocks of 128 rows by 128 of K zero-padded, each two slices of
 64 along K. In a slice, row = 16 warp + 8 half + group and column = 16 step + 8 upper + 2 lane + odd: the code there is
 part of the word of thread 32 warp + 4 group + lane at its step, as register 2 upper + half, in the low half of each
-where odd is 0.
+where odd is 0. For e4m3 tokens a block is one slice, its column 32 step + 16 upper + 4 lane + place: the code there is
+byte `place` of register 2 upper + half.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MULTIPLE = 32
 """What n and k must be multiples of."""
 
 _SLICES = 2  # of a block
+_FARTHEST = 14  # binades from a row's largest factor to one that e4m3 holds beside it
 _CODE_BITS = (6, 7, 8, 15)  # of a bf16: mantissa, exponent and sign of a code
 _SHIFTS = ((0, 0, 0, 0), (4, 4, 4, 4), (10, 10, 10, 10), (6, -2, -2, -2))  # to the left, word to register, each bit
 
@@ -34,9 +36,7 @@ def pack_mxfp4(codes: Tensor, factors: Tensor) -> tuple[Tensor, float]:
     holds that: not where a weight is below 2^-133 * scale.
     Raises InvalidArgument unless n and k are multiples of 32, and for factor 255, which is NaN.
     """
-    _check(codes, factors, torch.uint8, 32)
-    if (factors == 255).any():
-        raise InvalidArgument("factors", "255, which is NaN", "0 to 254")
+    _check_mxfp4(codes, factors)
     # Stored so that the largest that a blob can hold, 2, is the largest exponent of bf16.
     beyond = max(0, int(factors.max()) - 128) if factors.numel() else 0
 
@@ -45,6 +45,34 @@ def pack_mxfp4(codes: Tensor, factors: Tensor) -> tuple[Tensor, float]:
         return _slices(_code_words(codes), _factor_words(exponents << 7, 32))
 
     return _by_expert(pack, codes, factors), 2.0**beyond
+
+
+def pack_fp8_mxfp4(codes: Tensor, factors: Tensor) -> Tensor:
+    """Codes and factors as of `pack_mxfp4` -> blob of kernels that multiply e4m3.
+
+    Decoding is exact, but for codes whose factor is less than 2^-14 of the largest of the same row and 128 columns,
+    which become zeros. Factors of zeros alone do not count.
+    Raises InvalidArgument as `pack_mxfp4`.
+    """
+    _check_mxfp4(codes, factors)
+
+    def pack(codes: Tensor, factors: Tensor) -> Tensor:
+        # [tile, warp, half, group, block, step, upper, lane, pair], and without the last three
+        pairs = _whole_blocks(_tiles(codes, BLOCK // 4)).unflatten(-1, (4, 2, 4, 2))
+        exponents = _whole_blocks(_tiles(factors.int(), 2))
+        present = ((pairs & 0x77) != 0).flatten(-3).any(-1)
+        # Of the float that sums are multiplied by: e4m3 holds the magnitudes under the largest factor times 2^6.
+        base = ((exponents * present).amax(-1, keepdim=True) - 6).clamp(min=1)
+        distance = (base + 6 - exponents) * present
+        near = (distance <= _FARTHEST)[..., None, None, None]
+        distance = distance.clamp(max=_FARTHEST)
+        words = _e4m3_words(pairs * near)  # [tile, warp, half, group, block, step, lane]
+        of_codes = words.unflatten(5, (2, 2)).permute(0, 4, 5, 1, 3, 7, 6, 2)
+        of_factors = (distance << 3 + 8 * torch.arange(4, device=codes.device)).sum(-1)
+        of_factors = of_factors | ((base & 15) << 23 | base >> 4 << 15).squeeze(-1)
+        return _slices(of_codes, of_factors.to(torch.int32).permute(0, 4, 1, 3, 2))
+
+    return _by_expert(pack, codes, factors, slices=1)
 
 
 def pack_nvfp4(codes: Tensor, factors: Tensor) -> Tensor:
@@ -80,6 +108,12 @@ def pack_bf16(weights: Tensor) -> Tensor:
     return _by_expert(pack, weights)
 
 
+def _check_mxfp4(codes: Tensor, factors: Tensor) -> None:
+    _check(codes, factors, torch.uint8, 32)
+    if (factors == 255).any():
+        raise InvalidArgument("factors", "255, which is NaN", "0 to 254")
+
+
 def _check(codes: Tensor, factors: Tensor, dtype: torch.dtype, block: int) -> None:
     sizes = codes.shape
     if codes.dtype is not torch.uint8 or len(sizes) != 3 or sizes[1] % MULTIPLE or 2 * sizes[2] % MULTIPLE:
@@ -98,10 +132,10 @@ def _e5m3(e4m3: int) -> int:
     return (exponent - 1 + 118 + 127 - 224 << 3 | int(mantissa * 16) - 8) if value else 0
 
 
-def _by_expert(pack: Callable[..., Tensor], *operands: Tensor) -> Tensor:
+def _by_expert(pack: Callable[..., Tensor], *operands: Tensor, slices: int = _SLICES) -> Tensor:
     """pack: an expert's operands -> its slices [tiles, slices, values]; by experts, for it takes several times that."""
-    slices = (pack(*expert).contiguous().view(torch.uint8) for expert in zip(*operands, strict=True))
-    return torch.stack([expert.unflatten(1, (-1, _SLICES)).flatten(2) for expert in slices])
+    packed = (pack(*expert).contiguous().view(torch.uint8) for expert in zip(*operands, strict=True))
+    return torch.stack([expert.unflatten(1, (-1, slices)).flatten(2) for expert in packed])
 
 
 def _slices(*words: Tensor) -> Tensor:
@@ -114,6 +148,28 @@ def _tiles(matrix: Tensor, columns: int) -> Tensor:
     padded = matrix.new_zeros(-(-rows // BLOCK) * BLOCK, -(-width // (_SLICES * columns)) * _SLICES * columns)
     padded[:rows, :width] = matrix
     return padded.unflatten(0, (-1, 8, 2, 8)).unflatten(-1, (-1, columns))
+
+
+def _whole_blocks(tiles: Tensor) -> Tensor:
+    """_tiles with the slices of a block beside each other."""
+    return tiles.unflatten(-2, (-1, _SLICES)).flatten(-2)
+
+
+def _e4m3_words(tiles: Tensor) -> Tensor:
+    """Bytes of codes [..., upper, lane, pair] -> int32 [..., lane]: each thread's word of a row and step."""
+    words = torch.zeros((), dtype=torch.int32, device=tiles.device)
+    for upper, pair in itertools.product(range(2), range(2)):
+        table = torch.tensor([_placed_for_e4m3(codes, upper, pair) for codes in range(256)], dtype=torch.int64)
+        words = words | table.to(torch.int32).to(tiles.device)[tiles[..., upper, :, pair].long()]
+    return words
+
+
+def _placed_for_e4m3(codes: int, upper: int, pair: int) -> int:
+    """Bits of a word that become bytes 2 pair and 2 pair + 1 of the register of `upper`: magnitudes, then signs."""
+    word = 0
+    for place, code in ((2 * pair, codes & 15), (2 * pair + 1, codes >> 4)):
+        word |= (code & 7) << 16 * upper + 4 * place | code >> 3 << 8 * place + 7 - 4 * upper
+    return word
 
 
 def _code_words(codes: Tensor) -> Tensor:

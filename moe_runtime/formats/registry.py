@@ -12,7 +12,7 @@ from ..errors import InvalidArgument
 
 
 class Weights(enum.IntEnum):
-    """How weights are encoded; the numbers are those of MoeWeights in templates/abi.h."""
+    """How weights are encoded."""
 
     FP8_BLOCK = 0
     MXFP4 = 1
@@ -25,6 +25,27 @@ class Weights(enum.IntEnum):
         return {self.FP8_BLOCK: 1 + 4 / 128**2, self.MXFP4: 1 / 2 + 1 / 32, self.NVFP4: 1 / 2 + 1 / 16, self.BF16: 2.0}[
             self
         ]
+
+
+class WeightLayout(enum.IntEnum):
+    """How weights lie for kernels, each served by kernels of its own; the numbers are those of MoeWeights in
+    templates/abi.h."""
+
+    FP8_BLOCK = 0
+    MXFP4 = 1
+    NVFP4 = 2
+    BF16 = 3
+    FP8_MXFP4 = 4
+    """MXFP4's for tokens whose e4m3 the kernels multiply; those of all others, but fp8_block, they multiply as bf16."""
+
+    @property
+    def encoding(self) -> Weights:
+        return Weights.MXFP4 if self == self.FP8_MXFP4 else Weights(self)
+
+    @property
+    def multiplies_e4m3(self) -> bool:
+        """Rows of tokens are e4m3, a byte a value, not bf16."""
+        return self in (self.FP8_BLOCK, self.FP8_MXFP4)
 
 
 class Tokens(enum.IntEnum):
@@ -69,6 +90,11 @@ class Format:
     multiple: int = 32
     activations: tuple[str, ...] = ("swiglu", "relu2")
     operator: str | None = None
+
+    @property
+    def weight_layout(self) -> WeightLayout:
+        both = (self.weights, self.tokens)
+        return WeightLayout.FP8_MXFP4 if both == (Weights.MXFP4, Tokens.FP8) else WeightLayout(self.weights)
 
 
 _GPT_OSS = Extra.BIAS | Extra.ALPHA | Extra.BETA | Extra.CLAMP

@@ -90,14 +90,14 @@ class Tuned:
             return []
         columns, depth = self.problem.gemm_shape(gemm)
         fused = gemm == "gemm1"  # its times are with the activation, whose results are all that it must write
-        encoding = self.problem.config.number_format.weights
+        layout = self.problem.config.number_format.weight_layout
         points = []
         for bucket, choice in self.choices(gemm):
             timed = timed_workloads(self.plan, bucket)  # means, as times are
             flops = 2 * fmean(workload.local_slots for workload in timed) * columns * depth
             if choice.us is not None and flops:
                 moved = fmean(
-                    gemm_bytes(each.rows_per_expert.tolist(), (columns, depth), fused, encoding) for each in timed
+                    gemm_bytes(each.rows_per_expert.tolist(), (columns, depth), fused, layout) for each in timed
                 )
                 points.append(Point(bucket, flops / moved, flops / choice.us * 1e-6))
         return points

@@ -32,8 +32,8 @@ def plan_buckets(
 
     placed: whether experts have a placement, here and below.
     """
-    encoding = problem.config.number_format.weights
-    tiles = {variant.token_tile for variant in executor.variants.values() if variant.weights == encoding}
+    layout = problem.config.number_format.weight_layout
+    tiles = {variant.token_tile for variant in executor.variants.values() if variant.weights == layout}
     return propose(problem, tune_max_num_tokens, sorted(tiles), smears(distribution, placed))
 
 

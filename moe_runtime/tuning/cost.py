@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..executors.base import Executor, Gemm, MoEProblem
-from ..formats import Weights
+from ..formats import WeightLayout
 from ..formats.fp8_block import BLOCK
 from ..kernels import KernelVariant
 from ..roofs import ROOFS, Roofs
@@ -33,17 +33,17 @@ def gemm_bytes(
     rows_per_expert: Sequence[int],
     shape: tuple[int, int],
     swiglu: bool = False,
-    weights: Weights = Weights.FP8_BLOCK,
+    weights: WeightLayout = WeightLayout.FP8_BLOCK,
 ) -> float:
     """Fewest bytes a grouped GEMM moves: each busy expert's weights and each row once, and the results.
 
-    shape: (N, K) of an expert's weights, with their scales. Rows [K] are e4m3 with a float per 128 values beside
-    fp8_block weights, bf16 beside others; results [N] bf16, or with swiglu activations [N/2] like rows.
+    shape: (N, K) of an expert's weights, with their scales. Rows [K] are e4m3, of fp8_block with a float per 128
+    values, or bf16; results [N] bf16, or with swiglu activations [N/2] like rows.
     """
     (n, k), rows, busy = shape, sum(rows_per_expert), sum(rows > 0 for rows in rows_per_expert)
-    row_bytes = 1 + 4 / BLOCK if weights == Weights.FP8_BLOCK else 2
+    row_bytes = 1 + 4 / BLOCK if weights == WeightLayout.FP8_BLOCK else 1 if weights.multiplies_e4m3 else 2
     result = n / 2 * row_bytes if swiglu else 2 * n
-    return busy * n * k * weights.bytes_per_value + rows * (k * row_bytes + result)
+    return busy * n * k * weights.encoding.bytes_per_value + rows * (k * row_bytes + result)
 
 
 @dataclass(frozen=True)
@@ -78,11 +78,9 @@ def cost(
     cluster_size = cluster_tokens * cluster_weights
 
     # Scales of 128x128 blocks are nothing beside the values, those of 16 or 32 are something.
-    token_bytes, weight_bytes, tflops = (
-        (1, 1.0, roofs.block_scaled_tflops)
-        if variant.weights == Weights.FP8_BLOCK
-        else (2, variant.weights.bytes_per_value, roofs.bf16_tflops)
-    )
+    layout = variant.weights
+    weight_bytes = 1.0 if layout == WeightLayout.FP8_BLOCK else layout.encoding.bytes_per_value
+    token_bytes, tflops = (1, roofs.block_scaled_tflops) if layout.multiplies_e4m3 else (2, roofs.bf16_tflops)
 
     def us_of_tile(tokens: int) -> float:
         flops = 2 * tokens * weight_tile * k
@@ -113,7 +111,7 @@ def predict(
     return {
         name: [cost(variant, rows, shape, executor.sm_count, roofs).us for rows in loads]
         for name, variant in executor.variants.items()
-        if variant.weights == problem.config.number_format.weights
+        if variant.weights == problem.config.number_format.weight_layout
     }
 
 

@@ -8,7 +8,6 @@ from statistics import fmean
 
 from ..errors import MoEError
 from ..executors.base import Gemm, MoEProblem
-from ..formats import Weights
 from ..roofs import ROOFS
 from ..workload import Workload
 from .cost import gemm_bytes
@@ -146,10 +145,10 @@ def _roof(device: str, workloads: Sequence[Workload], gemm: Gemm) -> Roof | None
     if roofs is None or not workloads:
         return None
     shape = MoEProblem(workloads[0].config, workloads[0].parallel).gemm_shape(gemm)
-    encoding, fused = workloads[0].config.number_format.weights, gemm == "gemm1"
-    moved = fmean(gemm_bytes(each.rows_per_expert.tolist(), shape, fused, encoding) for each in workloads)
+    layout, fused = workloads[0].config.number_format.weight_layout, gemm == "gemm1"
+    moved = fmean(gemm_bytes(each.rows_per_expert.tolist(), shape, fused, layout) for each in workloads)
     flops = fmean(2 * workload.local_slots * shape[0] * shape[1] for workload in workloads)
-    tflops = roofs.block_scaled_tflops if encoding == Weights.FP8_BLOCK else roofs.bf16_tflops
+    tflops = roofs.block_scaled_tflops if layout.multiplies_e4m3 else roofs.bf16_tflops
     return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / tflops / 1e6)
 
 

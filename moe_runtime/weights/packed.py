@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import MoEConfig
 from ..errors import InvalidArgument
 from ..executors.base import check_tensor
-from ..formats import Extra, Weights, find_format
+from ..formats import Extra, WeightLayout, Weights, find_format
 from ..formats.elements import E2M1_VALUES, UE8M0_BIAS
 from ..formats.weights import Encoded, check_factors, described, quantise_experts
 from .base import Operands
@@ -84,8 +84,9 @@ class PackedWeights:
 
     @cached_property
     def tiled_operands(self) -> Operands:
-        gate_up, gate_up_factor = _tiles(self.encoding, *self._gate_beside_up())
-        down, down_factor = _tiles(self.encoding, self.down, self.down_scale)
+        layout = find_format(self.format).weight_layout
+        gate_up, gate_up_factor = _tiles(layout, *self._gate_beside_up())
+        down, down_factor = _tiles(layout, self.down, self.down_scale)
         return self.operands._replace(
             gate_up=gate_up,
             gate_up_scale=None,
@@ -269,13 +270,19 @@ def deinterleave(rows: Tensor) -> Tensor:
     return torch.cat([rows[:, ::2], rows[:, 1::2]], 1)
 
 
-def _tiles(encoding: Weights, values: Tensor, scale: Tensor | None) -> tuple[Tensor, float]:
+def _tiles(layout: WeightLayout, values: Tensor, scale: Tensor | None) -> tuple[Tensor, float]:
     """The weights as the kernels read them, and what their products must be multiplied by."""
     from ..formats import packing
 
     if scale is None:
         return packing.pack_bf16(values), 1.0
-    return packing.pack_mxfp4(values, scale) if encoding == Weights.MXFP4 else (packing.pack_nvfp4(values, scale), 1.0)
+    match layout:
+        case WeightLayout.MXFP4:
+            return packing.pack_mxfp4(values, scale)
+        case WeightLayout.FP8_MXFP4:
+            return packing.pack_fp8_mxfp4(values, scale), 1.0
+        case _:
+            return packing.pack_nvfp4(values, scale), 1.0
 
 
 def _random_encoded(

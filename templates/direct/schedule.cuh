@@ -18,9 +18,9 @@ constexpr int kLongK = 4096;
 
 // Rounds at the end in which blocks take what the others have left: up to 12 % of a GEMM of unequal experts. Before, tiles
 // are dealt, which keeps blocks that read the same weights or tokens in step: with a long K, all rounds open were 1 to 6 %
-// slower from 2048 tokens on. Of swapped kernels, whose weights no two blocks read, all rounds but the first are open. For
-// memory's bandwidth is shared out by GPCs, and an SM of one that has few gets up to 1.5 times what others do: with all rounds
-// dealt, such SMs had nothing to do for a fifth of GEMM1.
+// slower from 2048 tokens on. Of swapped kernels, whose weights no two blocks read, all rounds but the first are open. For SMs
+// do not get equal shares of memory's bandwidth: some, by their numbers those of GPCs with few, get 1.3 to 1.4 times what
+// others do, and with all rounds dealt had nothing to do for a fifth of GEMM1.
 template <class C>
 __device__ __forceinline__ int open_rounds(int k) { return C::kSwapAB ? INT_MAX : k > kLongK ? 1 : 8; }
 
@@ -171,14 +171,17 @@ __device__ __forceinline__ void wait_for_tokens(Params const& p, int group) {
   asm volatile("fence.proxy.async.global;" ::: "memory");  // TMA will read them
 }
 
-// The first number that a block takes: the count where there is none for it. Where there are too few for all blocks, some have
-// one here and there: 96 for the first 96 of 132, which are six GPCs of eight, took 33 us, and spread 28. The last blocks are
-// left out first, for they start late where the kernel before still runs.
+// The first number that a block takes: the count where there is none for it. An SM's second block has one only where all first
+// ones have. Where there are too few for as many blocks as there are SMs, some have one here and there: 96 for the first 96 of
+// 132, which are six GPCs of eight, took 33 us, and spread 28. The last blocks are left out first, for they start late where
+// the kernel before still runs.
+template <class C>
 __device__ __forceinline__ int first_number(int count) {
-  int const block = blockIdx.x, blocks = gridDim.x;
-  if (count >= blocks) return block;
-  int const among = blocks - (blocks - count) / 4, number = ceil_div(block * count, among);
-  return block < among && ceil_div((block + 1) * count, among) > number ? number : count;
+  int const blocks = gridDim.x / C::kBlocksPerSm, before = blockIdx.x / blocks * blocks, block = blockIdx.x - before;
+  int const left = max(count - before, 0);
+  if (left >= blocks) return blockIdx.x;
+  int const among = blocks - (blocks - left) / 4, number = ceil_div(block * left, among);
+  return block < among && ceil_div((block + 1) * left, among) > number ? before + number : count;
 }
 
 // Numbers that a block takes from 0 on: every gridDim.x-th, and of the last ones whatever the others have left, from a counter.
@@ -188,7 +191,7 @@ class Numbers {
  public:
   __device__ __forceinline__ Numbers(Params const& p, int count)
       : p_(p), count_(count), dealt_(max(count / int(gridDim.x) - open_rounds<C>(p.k), 1) * int(gridDim.x)),
-        number_(first_number(count)) {}
+        number_(first_number<C>(count)) {}
   __device__ __forceinline__ bool more() const { return number_ < count_; }
   __device__ __forceinline__ int operator*() const { return number_; }
   __device__ __forceinline__ void operator++() {

@@ -6,6 +6,7 @@
 #include "direct/epilogue.cuh"
 #include "direct/kernel.cuh"
 #include "mixed/mainloop.cuh"
+#include "mixed/promoted.cuh"
 #include "mixed/producer.cuh"
 #include "mixed/swiglu.cuh"
 
@@ -26,6 +27,7 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     PlainBarrier::init(&shared.tile_wanted, 1);
     cutlass::arch::fence_barrier_init();
   }
+  if constexpr (C::kFp8) list_magnitudes(shared.magnitudes);
   if constexpr (C::kSwiglu) {
     for (int i = threadIdx.x; i < C::kTokens * C::kRowBlocks; i += kThreads) shared.amax[0][i] = 0;
   }
@@ -65,12 +67,19 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
   Ring<C::kStages> ring;
   Ring<2> turn;
   Tile tile;
+  if constexpr (C::kFp8) {
+    if (math_thread >= 128) pass_turn<C>(1);  // the first turn is the first warpgroup's
+  }
   while (tiles.next(tile)) {
     direct::load_origins<C>(p, shared, tile, math_thread);
     Affine<C> const affine(p, tile, math_thread);
     direct::Accumulators<C> sum;
     direct::clear<C>(sum);
-    multiply<C>(blocks, shared, ring, math_thread, sum[0]);
+    if constexpr (C::kFp8) {
+      multiply_promoted<C>(blocks, shared, ring, math_thread, sum[0]);
+    } else {
+      multiply<C>(blocks, shared, ring, math_thread, sum[0]);
+    }
     affine.apply(sum[0]);
     if constexpr (C::kSwiglu) {
       activate_tile<C>(p, shared, tile, math_thread, turn, sum[0]);

@@ -10,7 +10,7 @@ int32_t make_params(MoeGroupedGemm const& gemm, Params& p) {
   MoeGemmOperands const& o = gemm.operands;
   // Rows are stored, and tokens read, in units of 16 bytes; factors count 32.
   if (gemm.num_groups > kMaxGroups || gemm.n % 32 || gemm.k % 32) return MOE_ERROR_CANNOT_IMPLEMENT;
-  if (!direct::encode(p.tokens, o.tokens, 1, o.max_rows, int64_t(gemm.k) * 2, C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
+  if (!direct::encode(p.tokens, o.tokens, 1, o.max_rows, int64_t(gemm.k) * (C::kFp8 ? 1 : 2), C::kTokens)) return MOE_ERROR_BAD_ARGUMENT;
   p.weights = static_cast<uint8_t const*>(o.weights);
   p.weight_scales = o.weight_scales;
   p.bias = o.bias;

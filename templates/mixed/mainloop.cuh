@@ -1,4 +1,4 @@
-// A math warpgroup's mainloop: 64 rows of weights from packed bytes to fragments, times the tile's tokens.
+// A math warpgroup's mainloop of bf16 tokens: 64 rows of weights from packed bytes to fragments, times the tile's tokens.
 //
 // fp32 accumulators stay in the tensor cores over all of K: bf16 products are added with more than the 13 bits of e4m3.
 // While the wgmma of some steps are in flight, the thread decodes the fragments of the next.

@@ -50,7 +50,7 @@ __device__ __forceinline__ void produce_tiles(Params const& p, typename C::Share
 #pragma unroll
       for (int slice = 0; slice < C::kSlices; ++slice) {
         cute::SM90_TMA_LOAD_3D::copy(&p.tokens, &shared.full[ring.stage], kTokenHint, shared.tokens[ring.stage] + slice * C::kTokenSliceBytes,
-                                     (block * C::kTileK + slice * kSliceK) * 2, tile.first_row, 0);
+                                     (block * C::kSlices + slice) * kSwizzleBytes, tile.first_row, 0);
       }
       if (block == max(blocks - direct::kAskAhead, 0)) PlainBarrier::arrive(&shared.tile_wanted);
       ring.advance();

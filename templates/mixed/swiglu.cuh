@@ -1,4 +1,5 @@
-// Epilogue of gate_up: SwiGLU, then the layer's token encoding, kept as the bf16 of code times block factor.
+// Epilogue of gate_up: SwiGLU, then the layer's token encoding, kept as tokens are: e4m3, or the bf16 of code times block
+// factor.
 //
 // A tile's weights are 64 rows of gate and the same 64 of up, packed so that each warp multiplies 8 and 8 of them: of the two
 // rows of a fragment that a thread holds, the upper is gate and the lower up, for one column of activations.
@@ -66,6 +67,18 @@ __device__ __forceinline__ void stage_outputs(typename C::SharedStorage& shared,
 }
 
 template <class C>
+__device__ __forceinline__ void stage_e4m3(typename C::SharedStorage& shared, int math_thread, float const* v) {
+  int const lane = math_thread % 32, warp = math_thread / 32;
+  uint8_t* const staged = shared.staging + lane % 4 * 2 * C::kStagingPitch + warp * kWarpOutputs + lane / 4;
+#pragma unroll
+  for (int j = 0; j < C::kTokens / 8; ++j) {
+    uint32_t const pair = encode_e4m3x2(v[2 * j], v[2 * j + 1]);
+    staged[8 * j * C::kStagingPitch] = static_cast<uint8_t>(pair);
+    staged[(8 * j + 1) * C::kStagingPitch] = static_cast<uint8_t>(pair >> 8);
+  }
+}
+
+template <class C>
 __device__ __forceinline__ void activate_tile(Params const& p, typename C::SharedStorage& shared, Tile const& tile, int math_thread,
                                               direct::Ring<2>& turn, float (&sum)[C::kAccumulators]) {
   SwigluFactors factors{p.clamp ? p.clamp[tile.group] : p.clamp_limit};
@@ -78,16 +91,20 @@ __device__ __forceinline__ void activate_tile(Params const& p, typename C::Share
     for (int i = 0; i < 2; ++i) sum[2 * j + i] = swiglu(sum[4 * j + i], sum[4 * j + 2 + i], factors) * multiplier;
   }
   direct::BlockRows<C>::begin();
-  switch (p.encoding) {
-    case MOE_TOKENS_FP8:
+  if constexpr (C::kFp8) {
+    stage_e4m3<C>(shared, math_thread, sum);
+  } else {
+    switch (p.encoding) {
+      case MOE_TOKENS_FP8:
 #pragma unroll
-      for (int i = 0; i < C::kTokens / 4; i += 2) round_e4m3x2(sum[i], sum[i + 1]);
-      break;
-    case MOE_TOKENS_MXFP8: round_blocks<C, MOE_TOKENS_MXFP8>(shared, math_thread, turn, sum); break;
-    case MOE_TOKENS_NVFP4: round_blocks<C, MOE_TOKENS_NVFP4>(shared, math_thread, turn, sum); break;
-    default: break;
+        for (int i = 0; i < C::kTokens / 4; i += 2) round_e4m3x2(sum[i], sum[i + 1]);
+        break;
+      case MOE_TOKENS_MXFP8: round_blocks<C, MOE_TOKENS_MXFP8>(shared, math_thread, turn, sum); break;
+      case MOE_TOKENS_NVFP4: round_blocks<C, MOE_TOKENS_NVFP4>(shared, math_thread, turn, sum); break;
+      default: break;
+    }
+    stage_outputs<C>(shared, math_thread, sum);
   }
-  stage_outputs<C>(shared, math_thread, sum);
   direct::BlockRows<C>::finish(p, shared, tile, math_thread);
 }
 

@@ -102,7 +102,7 @@ cudaError_t activate(MoeLayer const& layer, Buffers const& b) {
                            adjacent_rows(b.activation, b.activation_scales, inter), layer.num_local_experts, gemm1_width(layer),
                            gated && !layer.gate_first ? inter : 0, layer.gate_first ? inter : 0, layer.clamp_limit};
   int const most = ceil_div(layer.num_tokens * layer.top_k * (inter / kValuesPerThread), kThreads);
-  return with_tokens(layer.tokens, [&](auto tokens) {
+  return with_tokens(layer, [&](auto tokens) {
     auto kernel = activation_kernel<tokens.value, MOE_ACTIVATION_SWIGLU>;
     if constexpr (tokens.value != MOE_TOKENS_FP8_BLOCK) {
       if (!gated) kernel = activation_kernel<tokens.value, MOE_ACTIVATION_RELU2>;

@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) gather_kernel(GatherPa
 }  // namespace
 
 cudaError_t gather(MoeLayer const& layer, Buffers const& b) {
-  return with_tokens(layer.tokens, [&](auto tokens) {
+  return with_tokens(layer, [&](auto tokens) {
     return launch(gather_kernel<tokens.value>, ceil_div(gather_units(layer), kThreads), kThreads, 0, layer.stream, gather_params(layer, b), b.permuted_row);
   });
 }

@@ -37,8 +37,7 @@ MoeGroupMetadata metadata_at(uint8_t* base, Arena& arena, int64_t groups) {
 MoeWorkspace place(MoeLayer const& layer, Buffers& buffers) {
   int64_t const slots = int64_t(layer.num_tokens) * layer.top_k, groups = layer.num_local_experts;
   int64_t const hidden = layer.hidden_size, inter = layer.intermediate_size;
-  bool const fp8_block = layer.tokens == MOE_TOKENS_FP8_BLOCK;
-  int64_t const value_bytes = fp8_block ? 1 : 2, scale_bytes = fp8_block ? 4 : 0; // of an element, of a block
+  int64_t const value_bytes = row_value_bytes(layer), scale_bytes = layer.tokens == MOE_TOKENS_FP8_BLOCK ? 4 : 0; // of an element, of a block
   Arena arena;
   MoeWorkspace w{};
   w.topk_ids = arena.take(slots * 4);
@@ -76,11 +75,13 @@ MoeWorkspace place(MoeLayer const& layer, Buffers& buffers) {
 
 constexpr int kLongestOtherBlock = 32; // of mxfp8
 
-// fp8_block weights and tokens go together, without relu^2; all others combine freely.
+// fp8_block weights and tokens go together, without relu^2; weights packed for fp8 tokens are with those; all others combine
+// freely.
 bool encodings_fit(MoeLayer const& layer) {
-  bool const known = layer.weights >= MOE_WEIGHTS_FP8_BLOCK && layer.weights <= MOE_WEIGHTS_BF16 &&
+  bool const known = layer.weights >= MOE_WEIGHTS_FP8_BLOCK && layer.weights <= MOE_WEIGHTS_FP8_MXFP4 &&
                      layer.tokens >= MOE_TOKENS_FP8_BLOCK && layer.tokens <= MOE_TOKENS_NVFP4;
   bool const fp8_weights = layer.weights == MOE_WEIGHTS_FP8_BLOCK, fp8_tokens = layer.tokens == MOE_TOKENS_FP8_BLOCK;
+  if (keeps_fp8_codes(layer) && layer.tokens != MOE_TOKENS_FP8) return false;
   return known && fp8_weights == fp8_tokens && !(fp8_tokens && layer.activation != MOE_ACTIVATION_SWIGLU);
 }
 

@@ -324,7 +324,7 @@ template <int kRouteItems>
 cudaError_t launch_permute_and_gather(MoeLayer const& layer, Buffers const& b) {
   PermuteParams const p = permute_params(layer, b);
   int const choice_bytes = kRouteItems > 0 ? layer.num_tokens * layer.num_experts * static_cast<int>(sizeof(float)) : 0;
-  return with_tokens(layer.tokens, [&](auto tokens) {
+  return with_tokens(layer, [&](auto tokens) {
     constexpr int kBlockThreads = gather_threads(kRouteItems);
     return launch(permute_and_gather_kernel<tokens.value, kRouteItems>, ceil_div(gather_units(layer), kBlockThreads) + 1, kBlockThreads,
                   choice_bytes, layer.stream, route_params(layer), p, gather_params(layer, b));

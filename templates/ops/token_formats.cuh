@@ -1,8 +1,9 @@
 // The token encodings: what 16 values of a row become, a thread, in the gather and activation stages.
 //
 // fp8_block keeps e4m3 codes and their scales. The others keep the bf16 value of code times block factor, which is exact
-// (e4m3 has 4 significant bits, e2m1 times an e4m3 factor at most 6), so that one GEMM serves all of them. Where values
-// are rounded, the operations are IEEE's, so that plain torch gives the same bits.
+// (e4m3 has 4 significant bits, e2m1 times an e4m3 factor at most 6), so that one GEMM serves all of them; only fp8, which
+// has no block factors, keeps its codes where the weights have kernels that multiply e4m3. Where values are rounded, the
+// operations are IEEE's, so that plain torch gives the same bits.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
@@ -21,10 +22,18 @@ constexpr int kLanesPerBlock = kBlock / kValuesPerThread;
 
 using Values = float[kValuesPerThread];
 
-// Calls body(a constant of that encoding).
+// What MOE_TOKENS_FP8 is called inside where its codes are kept.
+constexpr auto kFp8Codes = static_cast<MoeTokens>(MOE_TOKENS_NVFP4 + 1);
+
+inline bool keeps_fp8_codes(MoeLayer const& layer) { return layer.weights == MOE_WEIGHTS_FP8_MXFP4; }
+
+inline int64_t row_value_bytes(MoeLayer const& layer) { return layer.tokens == MOE_TOKENS_FP8_BLOCK || keeps_fp8_codes(layer) ? 1 : 2; }
+
+// Calls body(a constant of the layer's encoding).
 template <class Body>
-cudaError_t with_tokens(int32_t tokens, Body body) {
-  switch (tokens) {
+cudaError_t with_tokens(MoeLayer const& layer, Body body) {
+  if (keeps_fp8_codes(layer)) return body(std::integral_constant<MoeTokens, kFp8Codes>{});
+  switch (layer.tokens) {
     case MOE_TOKENS_FP8_BLOCK: return body(std::integral_constant<MoeTokens, MOE_TOKENS_FP8_BLOCK>{});
     case MOE_TOKENS_BF16: return body(std::integral_constant<MoeTokens, MOE_TOKENS_BF16>{});
     case MOE_TOKENS_FP8: return body(std::integral_constant<MoeTokens, MOE_TOKENS_FP8>{});
@@ -139,6 +148,8 @@ __device__ __forceinline__ void round16(Values& values) {
   if constexpr (kTokens == MOE_TOKENS_FP8) {
 #pragma unroll
     for (int i = 0; i < kValuesPerThread; i += 2) round_e4m3x2(values[i], values[i + 1]);
+  } else if constexpr (kTokens == kFp8Codes) {
+    // Packing rounds.
   } else if constexpr (kTokens != MOE_TOKENS_BF16) {
     float amax = largest_magnitude(values);
     if constexpr (BlockRounding<kTokens>::kValues == 2 * kValuesPerThread) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, 1));
@@ -171,7 +182,7 @@ __device__ __forceinline__ void load_quantised16(void const* codes, void const* 
 
 // Rows as the GEMMs read them.
 struct Rows {
-  void* values;  // [rows, width] e4m3 or bf16
+  void* values;  // [rows, width] e4m3 or bf16, by the encoding
   float* scales; // [rows, width / 128], fp8_block only
   int width;
   int64_t value_pitch, scale_pitch; // from row to row
@@ -191,6 +202,14 @@ struct Piece {
 };
 
 template <>
+struct Piece<kFp8Codes> {
+  uint4 values;
+  __device__ __forceinline__ void store(Rows const& rows, int64_t row, int chunk) const {
+    *reinterpret_cast<uint4*>(static_cast<uint8_t*>(rows.values) + row * rows.value_pitch + chunk * kValuesPerThread) = values;
+  }
+};
+
+template <>
 struct Piece<MOE_TOKENS_FP8_BLOCK> {
   uint4 values;
   float scale;
@@ -200,10 +219,25 @@ struct Piece<MOE_TOKENS_FP8_BLOCK> {
   }
 };
 
+// quantise(low, high): two e4m3.
+template <class Quantise>
+__device__ __forceinline__ uint4 pack_e4m3x16(Values const& values, Quantise quantise) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    words[i] = quantise(values[4 * i], values[4 * i + 1]) | quantise(values[4 * i + 2], values[4 * i + 3]) << 16;
+  }
+  return make_uint4(words[0], words[1], words[2], words[3]);
+}
+
 // Of values that need no rounding any more.
 template <MoeTokens kTokens>
 __device__ __forceinline__ Piece<kTokens> pack16(Values const& values) {
-  return {{pack_bf16x8(values), pack_bf16x8(values + 8)}};
+  if constexpr (kTokens == kFp8Codes) {
+    return {pack_e4m3x16(values, [](float low, float high) { return uint32_t(encode_e4m3x2(low, high)); })};
+  } else {
+    return {{pack_bf16x8(values), pack_bf16x8(values + 8)}};
+  }
 }
 
 // Must be reached by whole warps.
@@ -214,12 +248,7 @@ __device__ __forceinline__ Piece<kTokens> encode16(Values& values) {
 #pragma unroll
     for (int lanes = 1; lanes < kLanesPerBlock; lanes *= 2) amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, lanes));
     BlockScale const block(amax);
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      words[i] = block.quantise(values[4 * i], values[4 * i + 1]) | block.quantise(values[4 * i + 2], values[4 * i + 3]) << 16;
-    }
-    return {make_uint4(words[0], words[1], words[2], words[3]), block.scale};
+    return {pack_e4m3x16(values, [&](float low, float high) { return block.quantise(low, high); }), block.scale};
   } else {
     round16<kTokens>(values);
     return pack16<kTokens>(values);

@@ -119,9 +119,10 @@ def prepare(
     row_origins: Tensor | None = None,
     activation: Activation | None = None,
 ) -> MoeGroupedGemm:
-    """Of a mixed variant: tokens bf16 [rows, k], packed weights, offsets int32 [L + 1], output bf16 [rows or more, n],
-    scale f32 [L], bias f32 [L, n]; row_origins of `origins`, where the variant combines; activation where it fuses
-    SwiGLU, whose output is [rows or more, n/2]. Holds addresses only. The stream is the current one."""
+    """Of a mixed variant: tokens [rows, k] as it multiplies them, packed weights, offsets int32 [L + 1], output bf16
+    [rows or more, n], scale f32 [L], bias f32 [L, n]; row_origins of `origins`, where the variant combines; activation
+    where it fuses SwiGLU, whose output is as the tokens, [rows or more, n/2]. Holds addresses only. The stream is the
+    current one."""
     operands = MoeGemmOperands(
         tokens=tokens.data_ptr(),
         weights=packed.data_ptr(),

@@ -1,4 +1,4 @@
-"""The stages around the GEMMs in the token encodings that are stored as bf16, against tests/reference_formats.py.
+"""The stages around the GEMMs in the token encodings that are stored without scales, against reference_formats.py.
 
 The stages ask nothing of the weights, so none are here, and no kernel that multiplies them need be built.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_runtime.config import RoutingMethod
 from moe_runtime.errors import KernelError
-from moe_runtime.formats import Tokens, Weights
+from moe_runtime.formats import Tokens, WeightLayout
 from moe_runtime.kernels import (
     DTYPE_BF16,
     DTYPE_E2M1,
@@ -32,7 +32,32 @@ from tests.reference_formats import decode_e2m1, decode_ue8m0, round_rows
 
 HIDDEN, INTER = 288, 160  # multiples of 32 and not of 128, so that warps straddle rows
 EXPERTS, FIRST, LOCAL, TOP_K = 24, 6, 12, 4
-STORED_AS_BF16 = [encoding for encoding in Tokens if encoding != Tokens.FP8_BLOCK]
+
+
+class Encoding(enum.Enum):
+    """Of rows: MoeTokens, and MoeWeights beside which they are kept as bf16 or as e4m3."""
+
+    FP8_BLOCK = (Tokens.FP8_BLOCK, WeightLayout.FP8_BLOCK)
+    BF16 = (Tokens.BF16, WeightLayout.BF16)
+    FP8 = (Tokens.FP8, WeightLayout.BF16)
+    FP8_CODES = (Tokens.FP8, WeightLayout.FP8_MXFP4)
+    MXFP8 = (Tokens.MXFP8, WeightLayout.BF16)
+    NVFP4 = (Tokens.NVFP4, WeightLayout.BF16)
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.value[0]
+
+    @property
+    def weights(self) -> WeightLayout:
+        return self.value[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.weights.multiplies_e4m3 else torch.bfloat16
+
+
+WITHOUT_SCALES = [encoding for encoding in Encoding if encoding != Encoding.FP8_BLOCK]
 INVERSE = {Tokens.FP8: 3.7, Tokens.NVFP4: 41.3}  # of the scale of a tensor
 
 
@@ -44,19 +69,20 @@ def name_of(value: object) -> str:
 class Layer:
     """The arguments of one call, and what the tensors behind them hold."""
 
-    def __init__(self, encoding: Tokens, num_tokens: int, **changes: Any) -> None:
+    def __init__(self, encoding: Encoding, num_tokens: int, **changes: Any) -> None:
         sizes = {"num_experts": EXPERTS, "top_k": TOP_K, "local_expert_offset": FIRST, "num_local_experts": LOCAL}
         sizes |= {"hidden_size": HIDDEN, "intermediate_size": INTER, "n_group": 1, "topk_group": 1}
         sizes |= {name: changes.pop(name) for name in sizes.keys() & changes.keys()}
         self.tokens, self.top_k, self.hidden = num_tokens, sizes["top_k"], sizes["hidden_size"]
+        self.dtype = encoding.dtype
         self.arguments = LayerArguments(
             num_tokens=num_tokens,
             **sizes,
-            weights=Weights.FP8_BLOCK if encoding == Tokens.FP8_BLOCK else Weights.BF16,
-            tokens=encoding,
+            weights=encoding.weights,
+            tokens=encoding.tokens,
             routing_method=RoutingMethod.Renormalize,
             routed_scaling_factor=1.0,
-            input_scale_inverse=INVERSE.get(encoding, 1.0),
+            input_scale_inverse=INVERSE.get(encoding.tokens, 1.0),
             gate_first=1,
             hidden_states_stride=sizes["hidden_size"],
             sm_count=support.executor().sm_count,
@@ -92,9 +118,9 @@ class Layer:
     def gathered(self, *runs: Stage) -> tuple[Tensor, Tensor]:
         """(token of each local slot, the slot's row as float64), on the CPU."""
         self.run(*runs or (Stage.PERMUTE, Stage.GATHER))
-        rows = self.region("rows", self.tokens * self.top_k, self.hidden, dtype=torch.bfloat16)
+        rows = self.region("rows", self.tokens * self.top_k, self.hidden, dtype=self.dtype)
         slots = (self.permuted_row >= 0).nonzero().flatten()
-        return (slots // self.top_k).cpu(), rows[self.permuted_row[slots].long()].double().cpu()
+        return (slots // self.top_k).cpu(), rows.float()[self.permuted_row[slots].long()].double().cpu()
 
 
 def random_ids(num_tokens: int, top_k: int = TOP_K) -> Tensor:
@@ -113,9 +139,9 @@ def random_tokens(num_tokens: int) -> Tensor:
     return x.bfloat16()
 
 
-def rounded(encoding: Tokens, x: Tensor) -> Tensor:
+def rounded(encoding: Encoding, x: Tensor) -> Tensor:
     """x f32 [..., K] -> float64."""
-    return torch.from_numpy(round_rows(encoding.name.lower(), x.numpy()))
+    return torch.from_numpy(round_rows(encoding.tokens.name.lower(), x.numpy()))
 
 
 APART, TOGETHER = (Stage.PERMUTE, Stage.GATHER), (Stage.PERMUTE | Stage.GATHER,)
@@ -123,19 +149,19 @@ APART, TOGETHER = (Stage.PERMUTE, Stage.GATHER), (Stage.PERMUTE | Stage.GATHER,)
 
 @pytest.mark.parametrize("stages", [APART, TOGETHER], ids=["apart", "together"])
 @pytest.mark.parametrize("num_tokens", [1, 37, 300])
-@pytest.mark.parametrize("encoding", STORED_AS_BF16, ids=name_of)
-def test_gather_rounds_bit_for_bit(encoding: Tokens, num_tokens: int, stages: tuple[Stage, ...]) -> None:
+@pytest.mark.parametrize("encoding", WITHOUT_SCALES, ids=name_of)
+def test_gather_rounds_bit_for_bit(encoding: Encoding, num_tokens: int, stages: tuple[Stage, ...]) -> None:
     x = random_tokens(num_tokens)
     layer = Layer(encoding, num_tokens, hidden_states=x, topk_ids=random_ids(num_tokens))
     token, rows = layer.gathered(*stages)
-    expected = rounded(encoding, x.float() * torch.tensor(INVERSE.get(encoding, 1.0)))
+    expected = rounded(encoding, x.float() * torch.tensor(INVERSE.get(encoding.tokens, 1.0)))
     assert torch.equal(rows, expected[token])
 
 
-def quantised_tokens(encoding: Tokens, num_tokens: int) -> tuple[dict[str, Any], Tensor]:
+def quantised_tokens(encoding: Encoding, num_tokens: int) -> tuple[dict[str, Any], Tensor]:
     """(arguments of tokens with random codes, and factors of which the largest would not be chosen; their values)"""
     generator = np.random.default_rng(num_tokens)
-    if encoding == Tokens.NVFP4:
+    if encoding == Encoding.NVFP4:
         packed = generator.integers(0, 256, (num_tokens, HIDDEN // 2), dtype=np.uint8)
         factors = generator.integers(0, 127, (num_tokens, HIDDEN // 16), dtype=np.uint8)
         values = decode_e2m1(packed) * np.repeat(reference.decode_e4m3(factors), 16, 1)
@@ -145,7 +171,7 @@ def quantised_tokens(encoding: Tokens, num_tokens: int) -> tuple[dict[str, Any],
     codes += 128 * generator.integers(0, 2, codes.shape, dtype=np.uint8)
     values = reference.decode_e4m3(codes)
     given = {"hidden_states": torch.from_numpy(codes), "hidden_states_dtype": DTYPE_E4M3}
-    if encoding == Tokens.MXFP8:
+    if encoding == Encoding.MXFP8:
         factors = generator.integers(60, 200, (num_tokens, HIDDEN // 32), dtype=np.uint8)
         given["hidden_states_scale"] = torch.from_numpy(factors)
         values = values * np.repeat(decode_ue8m0(factors), 32, 1)
@@ -153,8 +179,8 @@ def quantised_tokens(encoding: Tokens, num_tokens: int) -> tuple[dict[str, Any],
 
 
 @pytest.mark.parametrize("num_tokens", [3, 300])
-@pytest.mark.parametrize("encoding", [Tokens.FP8, Tokens.MXFP8, Tokens.NVFP4], ids=name_of)
-def test_gather_takes_quantised_tokens(encoding: Tokens, num_tokens: int) -> None:
+@pytest.mark.parametrize("encoding", [Encoding.FP8, Encoding.FP8_CODES, Encoding.MXFP8, Encoding.NVFP4], ids=name_of)
+def test_gather_takes_quantised_tokens(encoding: Encoding, num_tokens: int) -> None:
     given, values = quantised_tokens(encoding, num_tokens)
     layer = Layer(encoding, num_tokens, topk_ids=random_ids(num_tokens), **given)
     token, rows = layer.gathered(*TOGETHER)
@@ -163,13 +189,13 @@ def test_gather_takes_quantised_tokens(encoding: Tokens, num_tokens: int) -> Non
 
 @pytest.mark.parametrize("stages", [APART, TOGETHER], ids=["apart", "together"])
 @pytest.mark.parametrize("quantised", [False, True])
-@pytest.mark.parametrize("encoding", STORED_AS_BF16, ids=name_of)
-def test_llama4_weighs_what_experts_read(encoding: Tokens, quantised: bool, stages: tuple[Stage, ...]) -> None:
-    if quantised and encoding == Tokens.BF16:
+@pytest.mark.parametrize("encoding", WITHOUT_SCALES, ids=name_of)
+def test_llama4_weighs_what_experts_read(encoding: Encoding, quantised: bool, stages: tuple[Stage, ...]) -> None:
+    if quantised and encoding == Encoding.BF16:
         pytest.skip("bf16 has no codes")
     num_tokens = 41
     weights = torch.rand(num_tokens, 1, generator=torch.Generator().manual_seed(1))
-    x, inverse = random_tokens(num_tokens), torch.tensor(INVERSE.get(encoding, 1.0))
+    x, inverse = random_tokens(num_tokens), torch.tensor(INVERSE.get(encoding.tokens, 1.0))
     given, values = {"hidden_states": x}, x.float()
     if quantised:
         (given, exact), inverse = quantised_tokens(encoding, num_tokens), torch.tensor(1.0)
@@ -192,7 +218,7 @@ def test_llama4_weighs_the_scales_of_fp8_block(quantised: bool) -> None:
         given |= {"hidden_states_dtype": DTYPE_E4M3, "scale_token_stride": 2, "scale_block_stride": 1}
     sizes = {"hidden_size": hidden, "intermediate_size": 128, "top_k": 1, "routing_method": RoutingMethod.Llama4}
     layer = Layer(
-        Tokens.FP8_BLOCK, num_tokens, topk_ids=random_ids(num_tokens, 1), topk_weights=weights, **sizes, **given
+        Encoding.FP8_BLOCK, num_tokens, topk_ids=random_ids(num_tokens, 1), topk_weights=weights, **sizes, **given
     )
     layer.run(*TOGETHER)
     token = (layer.permuted_row >= 0).nonzero().flatten()
@@ -203,8 +229,8 @@ def test_llama4_weighs_the_scales_of_fp8_block(quantised: bool) -> None:
     assert torch.equal(found_scales, (torch.from_numpy(scales) * weights)[token.cpu()])
 
 
-@pytest.mark.parametrize("encoding", list(Tokens), ids=name_of)
-def test_llama4_s_output_is_not_weighed_again(encoding: Tokens) -> None:
+@pytest.mark.parametrize("encoding", list(Encoding), ids=name_of)
+def test_llama4_s_output_is_not_weighed_again(encoding: Encoding) -> None:
     num_tokens, hidden, ids = 9, 256, random_ids(9, 1)
     output = torch.full((num_tokens, hidden), torch.nan, dtype=torch.bfloat16, device="cuda")
     sizes = {"hidden_size": hidden, "intermediate_size": 128, "top_k": 1, "routing_method": RoutingMethod.Llama4}
@@ -222,9 +248,9 @@ def test_llama4_s_output_is_not_weighed_again(encoding: Tokens) -> None:
     ids=name_of,
 )
 @pytest.mark.parametrize("num_tokens", [1, 16, 17])
-@pytest.mark.parametrize("encoding", list(Tokens), ids=name_of)
+@pytest.mark.parametrize("encoding", list(Encoding), ids=name_of)
 def test_stages_together_leave_what_they_leave_apart(
-    encoding: Tokens, num_tokens: int, method: RoutingMethod, shared: int
+    encoding: Encoding, num_tokens: int, method: RoutingMethod, shared: int
 ) -> None:
     generator = torch.Generator().manual_seed(num_tokens)
     x = torch.randn(num_tokens, 256, generator=generator).bfloat16()
@@ -244,7 +270,7 @@ def test_stages_together_leave_what_they_leave_apart(
         assert (rows >= 0).all() and len(rows.unique()) == rows.numel()
 
 
-def with_gemm1_output(encoding: Tokens, num_tokens: int, **changes: Any) -> tuple[Layer, Tensor, Tensor]:
+def with_gemm1_output(encoding: Encoding, num_tokens: int, **changes: Any) -> tuple[Layer, Tensor, Tensor]:
     """(a layer whose rows are permuted, its gemm1_output [rows, N], the local expert of each row), the last on the CPU.
 
     Experts 3 to 5 of the shard have no rows.
@@ -262,7 +288,7 @@ def with_gemm1_output(encoding: Tokens, num_tokens: int, **changes: Any) -> tupl
 
 def activated(layer: Layer, rows: int) -> Tensor:
     layer.run(Stage.ACTIVATION)
-    return layer.region("activation", layer.tokens * TOP_K, INTER, dtype=torch.bfloat16)[:rows].double().cpu()
+    return layer.region("activation", layer.tokens * TOP_K, INTER, dtype=layer.dtype)[:rows].float().double().cpu()
 
 
 def factors(seed: int, low: float, high: float) -> Tensor:
@@ -272,8 +298,8 @@ def factors(seed: int, low: float, high: float) -> Tensor:
 @pytest.mark.parametrize("given", ["none", "limit", "all", "multiplier"])
 @pytest.mark.parametrize("gate_first", [True, False])
 @pytest.mark.parametrize("num_tokens", [1, 150])
-@pytest.mark.parametrize("encoding", STORED_AS_BF16, ids=name_of)
-def test_swiglu(encoding: Tokens, num_tokens: int, gate_first: bool, given: str) -> None:
+@pytest.mark.parametrize("encoding", WITHOUT_SCALES, ids=name_of)
+def test_swiglu(encoding: Encoding, num_tokens: int, gate_first: bool, given: str) -> None:
     alpha, beta, clamp, multiplier = (
         torch.ones(LOCAL),
         torch.zeros(LOCAL),
@@ -301,8 +327,8 @@ def test_swiglu(encoding: Tokens, num_tokens: int, gate_first: bool, given: str)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["plain", "multiplier"])
-@pytest.mark.parametrize("encoding", STORED_AS_BF16, ids=name_of)
-def test_relu2_bit_for_bit(encoding: Tokens, given: bool) -> None:
+@pytest.mark.parametrize("encoding", WITHOUT_SCALES, ids=name_of)
+def test_relu2_bit_for_bit(encoding: Encoding, given: bool) -> None:
     multiplier = factors(4, 0.1, 9) if given else torch.ones(LOCAL)
     changes = {"activation_multiplier": multiplier} if given else {}
     layer, output, expert = with_gemm1_output(encoding, 150, activation=Activation.RELU2, **changes)
@@ -313,8 +339,8 @@ def test_relu2_bit_for_bit(encoding: Tokens, given: bool) -> None:
 @pytest.mark.parametrize("stage", [Stage.GEMM1, Stage.GEMM2])
 def test_a_kernel_of_other_weights_is_refused(stage: Stage) -> None:
     found = support.executor().variants.values()
-    fp8_block = next(variant.index for variant in found if variant.weights == Weights.FP8_BLOCK)
-    layer = Layer(Tokens.MXFP8, 1, gemm1_variant=fp8_block, gemm2_variant=fp8_block)
+    fp8_block = next(variant.index for variant in found if variant.weights == WeightLayout.FP8_BLOCK)
+    layer = Layer(Encoding.MXFP8, 1, gemm1_variant=fp8_block, gemm2_variant=fp8_block)
     with pytest.raises(KernelError, match="no such variant"):
         layer.run(stage)
 
@@ -322,18 +348,24 @@ def test_a_kernel_of_other_weights_is_refused(stage: Stage) -> None:
 def test_packed_gate_up_needs_a_kernel_that_activates() -> None:
     """For it lies as those read it."""
     found = support.executor().variants.values()
-    plain = next(v.index for v in found if v.weights == Weights.BF16 and v.stores_rows)
-    layer = Layer(Tokens.BF16, 1, gemm1_variant=plain, gemm2_variant=plain)
+    plain = next(v.index for v in found if v.weights == WeightLayout.BF16 and v.stores_rows)
+    layer = Layer(Encoding.BF16, 1, gemm1_variant=plain, gemm2_variant=plain)
     with pytest.raises(KernelError, match="no such variant"):
         layer.run(Stage.GEMM1)
 
 
 @pytest.mark.parametrize(
     ("encoding", "dtype"),
-    [(Tokens.BF16, DTYPE_E4M3), (Tokens.MXFP8, DTYPE_E2M1), (Tokens.NVFP4, DTYPE_E4M3), (Tokens.FP8, DTYPE_F32)],
+    [
+        (Encoding.BF16, DTYPE_E4M3),
+        (Encoding.MXFP8, DTYPE_E2M1),
+        (Encoding.NVFP4, DTYPE_E4M3),
+        (Encoding.FP8, DTYPE_F32),
+        (Encoding.FP8_CODES, DTYPE_E2M1),
+    ],
     ids=name_of,
 )
-def test_tokens_of_another_encoding_are_refused(encoding: Tokens, dtype: int) -> None:
+def test_tokens_of_another_encoding_are_refused(encoding: Encoding, dtype: int) -> None:
     layer = Layer(encoding, 1, topk_ids=random_ids(1), hidden_states=random_tokens(1), hidden_states_dtype=dtype)
     with pytest.raises(KernelError, match="combination"):
         layer.run(Stage.PERMUTE)
@@ -347,8 +379,10 @@ def test_tokens_of_another_encoding_are_refused(encoding: Tokens, dtype: int) ->
         {"hidden_size": 80},
         {"intermediate_size": 48},
         {"tokens": Tokens.FP8_BLOCK},
-        {"weights": Weights.FP8_BLOCK},
-        {"weights": 4},
+        {"tokens": 5},
+        {"weights": WeightLayout.FP8_BLOCK},
+        {"weights": WeightLayout.FP8_MXFP4},
+        {"weights": 5},
         {"routing_method": RoutingMethod.Llama4},
         {"routing_method": 5},
         {"n_group": 2},
@@ -358,7 +392,7 @@ def test_tokens_of_another_encoding_are_refused(encoding: Tokens, dtype: int) ->
     ids=str,
 )
 def test_what_no_kernel_implements_has_no_workspace(changes: dict[str, int]) -> None:
-    arguments = Layer(Tokens.MXFP8, 1).arguments
+    arguments = Layer(Encoding.MXFP8, 1).arguments
     for name, value in changes.items():
         setattr(arguments, name, value)
     assert support.executor().library.workspace_layout(arguments) is None

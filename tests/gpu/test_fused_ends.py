@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_runtime import FusedMoE, KernelError, MoEConfig, PackedWeights, Parallel
 from moe_runtime.config import RoutingMethod
 from moe_runtime.executors.base import LayerInputs, MoEProblem
-from moe_runtime.formats import Weights
+from moe_runtime.formats import WeightLayout
 from moe_runtime.formats.fp8_block import quantise_rows
 from moe_runtime.kernels import library_path, load_library
 from moe_runtime.ops import LayerCalls, PlanTable
@@ -25,10 +25,11 @@ VARIANTS = load_library("sm_90a").variants if torch.cuda.is_available() and libr
 COMBINE = [name for name, variant in VARIANTS.items() if variant.combines]
 GATHER = [name for name, variant in VARIANTS.items() if variant.gathers]
 FORMAT_OF = {
-    Weights.FP8_BLOCK: "fp8_block",
-    Weights.MXFP4: "mxfp8_mxfp4",
-    Weights.NVFP4: "nvfp4",
-    Weights.BF16: "bf16",
+    WeightLayout.FP8_BLOCK: "fp8_block",
+    WeightLayout.MXFP4: "mxfp8_mxfp4",
+    WeightLayout.NVFP4: "nvfp4",
+    WeightLayout.BF16: "bf16",
+    WeightLayout.FP8_MXFP4: "fp8_mxfp4",
 }
 COUNTS = [1, 7, 100, 700]  # up to 16 one kernel routes, permutes and gathers; up to 128 one permutes and gathers
 RENORMALISE = RoutingMethod.Renormalize

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from moe_runtime.executors.base import GEMMS, Gemm, MoEProblem
 from moe_runtime.executors.cuda_trial import CudaGemmTrial
-from moe_runtime.formats import Weights
+from moe_runtime.formats import WeightLayout
 from moe_runtime.kernels import library_path, load_library
 from moe_runtime.reference import relative_error
 from tests.gpu import support
 
 # Without a GPU a library of an earlier checkout may lie here, which does not load.
 LOADED = load_library("sm_90a").variants if torch.cuda.is_available() and library_path("sm_90a") else {}
-VARIANTS = {name: variant for name, variant in LOADED.items() if variant.weights == Weights.FP8_BLOCK}
+VARIANTS = {name: variant for name, variant in LOADED.items() if variant.weights == WeightLayout.FP8_BLOCK}
 CASES = [
     (name, gemm)
     for gemm in GEMMS

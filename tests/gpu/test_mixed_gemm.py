@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_runtime.formats.packing import pack_bf16, pack_mxfp4, pack_nvfp4
-from moe_runtime.kernels import library_path
+from moe_runtime.formats import WeightLayout
+from moe_runtime.formats.packing import pack_bf16, pack_fp8_mxfp4, pack_mxfp4, pack_nvfp4
+from moe_runtime.kernels import VariantRecord, library_path
 from moe_runtime.reference import relative_error
 from tests.gpu.grouped_gemm import origins, prepare, run, variants
 
-ENCODINGS = {1: "mxfp4", 2: "nvfp4", 3: "bf16"}  # MoeWeights
-MXFP4 = 1
+ENCODINGS = {layout: layout.name.lower() for layout in WeightLayout if layout != WeightLayout.FP8_BLOCK}
 PATH = library_path("sm_90a") if torch.cuda.is_available() else None
-MIXED = variants(PATH, set(ENCODINGS)) if PATH else {}
+MIXED = variants(PATH, {int(layout) for layout in ENCODINGS}) if PATH else {}
 VARIANTS = {name: variant for name, variant in MIXED.items() if not variant.swiglu}
 RAGGED = (0, 1, 3, 17, 128, 200, 513)
 GUARD = 70  # rows behind the last: nothing may be written there, and what is read there must not matter
@@ -49,9 +49,9 @@ def gate_beside_up(n: int, gate_first: bool) -> list[int]:
 def of_codes(encoding: str, codes: Tensor, factors: Tensor, order: Order = SAME) -> Weights:
     """Codes uint8 [L, n, k], factor codes uint8 [L, n, k/block], on the GPU."""
     nibbles, ordered = (codes[..., ::2] | codes[..., 1::2] << 4)[:, order], factors[:, order]
-    if encoding == "mxfp4":
-        (packed, scale), block = pack_mxfp4(nibbles, ordered), 32
-        scales = torch.ldexp(torch.ones_like(factors, dtype=torch.float64), factors.int() - 127) / scale
+    if encoding in ("mxfp4", "fp8_mxfp4"):
+        packed, scale = pack_mxfp4(nibbles, ordered) if encoding == "mxfp4" else (pack_fp8_mxfp4(nibbles, ordered), 1.0)
+        scales, block = torch.ldexp(torch.ones_like(factors, dtype=torch.float64), factors.int() - 127) / scale, 32
     else:
         packed, block = pack_nvfp4(nibbles, ordered.view(torch.float8_e4m3fn)), 16
         scales = factors.view(torch.float8_e4m3fn).double()
@@ -70,8 +70,13 @@ def random_weights(encoding: str, experts: int, n: int, k: int, gate_first: bool
     if encoding == "bf16":
         values = torch.randn(experts, n, k, generator=generator, device="cuda").bfloat16()
         return Weights(pack_bf16(values[:, order]), values.double())
-    factors = integers(118, 126, experts, n, k // 32) if encoding == "mxfp4" else integers(0, 100, experts, n, k // 16)
+    factors = integers(0, 100, experts, n, k // 16) if encoding == "nvfp4" else integers(118, 126, experts, n, k // 32)
     return of_codes(encoding, integers(0, 16, experts, n, k), factors, order)
+
+
+def as_rows(variant: VariantRecord, values: Tensor) -> Tensor:
+    """In the encoding that the variant multiplies."""
+    return values.to(torch.float8_e4m3fn if WeightLayout(variant.weights).multiplies_e4m3 else torch.bfloat16)
 
 
 def check(name: str, sizes: tuple[int, ...], n: int, k: int, affine: bool) -> None:
@@ -79,8 +84,9 @@ def check(name: str, sizes: tuple[int, ...], n: int, k: int, affine: bool) -> No
     weights = random_weights(ENCODINGS[variant.weights], len(sizes), n, k)
     generator = torch.Generator("cuda").manual_seed(1)
     rows = sum(sizes)
-    tokens = torch.randn(rows + GUARD, k, generator=generator, device="cuda").bfloat16()
+    tokens = torch.randn(rows + GUARD, k, generator=generator, device="cuda")
     tokens[rows:] = torch.nan
+    tokens = as_rows(variant, tokens)
     offsets = torch.tensor([0, *sizes]).cumsum(0).to("cuda", torch.int32)
     token, weight, before = torch.arange(rows, device="cuda"), torch.ones(rows, device="cuda"), torch.nan
     if variant.combines:  # every row is another token's, in no order
@@ -100,7 +106,7 @@ def check(name: str, sizes: tuple[int, ...], n: int, k: int, affine: bool) -> No
     for expert, (first, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
         if first == end:
             continue
-        reference = tokens[first:end].double() @ weights.values[expert].T
+        reference = tokens[first:end].float().double() @ weights.values[expert].T
         if scale is not None and bias is not None:
             reference = reference * scale[expert].double() + bias[expert].double()
         reference = reference * weight[first:end, None].double()
@@ -131,14 +137,14 @@ def test_rows_of_a_token_add_up(variant: str) -> None:
     experts, count, n, k = 6, 11, 256, 384
     weights = random_weights(ENCODINGS[VARIANTS[variant].weights], experts, n, k)
     generator = torch.Generator("cuda").manual_seed(2)
-    tokens = torch.randn(experts * count, k, generator=generator, device="cuda").bfloat16()
+    tokens = as_rows(VARIANTS[variant], torch.randn(experts * count, k, generator=generator, device="cuda"))
     weight = torch.rand(experts * count, generator=generator, device="cuda")
     token = torch.arange(experts * count, device="cuda") % count
     offsets = torch.arange(0, experts * count + 1, count, device="cuda", dtype=torch.int32)
     output, row_origins = torch.zeros(count, n, dtype=torch.bfloat16, device="cuda"), origins(token, weight)
     gemm = prepare(tokens, weights.packed, offsets, output, row_origins=row_origins)
     assert run(VARIANTS[variant], gemm) == 0
-    rows = tokens.double().view(experts, count, k) @ weights.values.transpose(1, 2)
+    rows = tokens.float().double().view(experts, count, k) @ weights.values.transpose(1, 2)
     reference = (rows * weight.double().view(experts, count, 1)).sum(0)
     assert relative_error(output.double(), reference) <= 6e-3  # adds of bf16
 
@@ -146,10 +152,10 @@ def test_rows_of_a_token_add_up(variant: str) -> None:
 def test_scale_and_bias_each_alone() -> None:
     variant = next(iter(VARIANTS.values()))
     weights = random_weights(ENCODINGS[variant.weights], 1, 128, 128)
-    tokens = torch.randn(5, 128, device="cuda").bfloat16()
+    tokens = as_rows(variant, torch.randn(5, 128, device="cuda"))
     offsets = torch.tensor([0, 5], device="cuda", dtype=torch.int32)
     scale, bias = torch.tensor([0.75], device="cuda"), torch.randn(1, 128, device="cuda") * 100
-    product = tokens.double() @ weights.values[0].T
+    product = tokens.float().double() @ weights.values[0].T
     for given, reference in (((scale, None), product * 0.75), ((None, bias), product + bias.double())):
         output = torch.empty(5, 128, dtype=torch.bfloat16, device="cuda")
         assert run(variant, prepare(tokens, weights.packed, offsets, output, *given)) == 0
@@ -166,24 +172,23 @@ def every_weight(encoding: str, first: int) -> Weights:
         values = torch.arange(1 << 16, dtype=torch.int32, device="cuda").to(torch.int16).view(torch.bfloat16)
         values = values.where(values.isfinite(), 0).view(1, 32, -1)
         return Weights(pack_bf16(values), values.double())
-    count, block = (129, 32) if encoding == "mxfp4" else (128, 16)
+    count, block = (128, 16) if encoding == "nvfp4" else (129, 32)
     k = count * block + -count * block % 32
-    factors = torch.arange(first, first + k // block, device="cuda").clamp(max=254 if encoding == "mxfp4" else 126)
+    factors = torch.arange(first, first + k // block, device="cuda").clamp(max=126 if encoding == "nvfp4" else 254)
     codes = (torch.arange(32, device="cuda")[:, None] + torch.arange(k, device="cuda")) % 16
     return of_codes(encoding, codes.to(torch.uint8)[None], factors.to(torch.uint8).expand(1, 32, -1).contiguous())
 
 
 # Upper factors of mxfp4 too.
-WINDOWS = [
-    (name, first) for name, variant in VARIANTS.items() for first in (0, 126) if not first or variant.weights == MXFP4
-]
+UPPER = {WeightLayout.MXFP4: 126, WeightLayout.FP8_MXFP4: 124}
+WINDOWS = [(name, first) for name, v in VARIANTS.items() for first in {0, UPPER.get(WeightLayout(v.weights), 0)}]
 
 
 def one_hot_product(variant: str, first: int) -> tuple[Tensor, Tensor]:
     """(output, weights [k, 32]): row j of the tokens is 1 in column j."""
     weights = every_weight(ENCODINGS[VARIANTS[variant].weights], first)
     k = weights.values.shape[2]
-    tokens = torch.eye(k, dtype=torch.bfloat16, device="cuda")
+    tokens = as_rows(VARIANTS[variant], torch.eye(k, device="cuda"))
     offsets = torch.tensor([0, k], device="cuda", dtype=torch.int32)
     before = 0.0 if VARIANTS[variant].combines else torch.nan
     output = torch.full((k, 32), before, dtype=torch.bfloat16, device="cuda")
