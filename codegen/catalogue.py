@@ -115,6 +115,10 @@ CATALOGUE: tuple[Entry, ...] = (
         direct((128, 256), "gate_up of 65 to 128 rows per expert; fastest 8 times, 5 %"),
         "down from 65 rows per expert on; fastest 79 times, 16 %",
     ),
+    *with_combine(
+        direct((192, 128), "gate_up of 129 to 192 rows per expert, by three math warpgroups"),
+        "down, 129 to 192 rows per expert",
+    ),
     direct((128, 256), "gate_up from 65 rows on, activated in place; fastest 87 times, 20 %", ends="swiglu"),
     *with_combine(
         direct((128, 8), "gate_up of up to 8 rows where few experts have any; fastest 44 times, 4 %", swap_ab=True),

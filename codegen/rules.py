@@ -20,6 +20,7 @@ COOPERATIVE = (
     Kernel.PtrArrayBlockwiseTmaWarpSpecializedCooperative,
     Kernel.PtrArrayTmaWarpSpecializedCooperative,
 )
+DIRECT_TILES = ((128, 128), (128, 256), (192, 128))  # with tokens as operand A
 MIXED_WEIGHTS = ("mxfp4", "nvfp4", "bf16", "fp8_mxfp4")
 MAX_MIXED_TOKENS = 256  # columns of one wgmma
 
@@ -127,13 +128,15 @@ def unswapped_weight_tile_is_one_scale_block(v: Variant) -> str | None:
 
 def warpgroups_divide_m(v: Variant) -> str | None:
     rows = WARPGROUP_ROWS * (2 if v.schedule in COOPERATIVE else 1)
-    if is_sm90(v) and (v.tile.m % rows or v.tile.m & (v.tile.m - 1)):
+    if is_sm90(v) and v.family != "direct" and (v.tile.m % rows or v.tile.m & (v.tile.m - 1)):
         return f"{v.schedule.name} takes {rows} rows a step: tile m is a power of two times that, not {v.tile.m}"
     return None
 
 
 def accumulators_fit_registers(v: Variant) -> str | None:
     threads = 256 if v.schedule in COOPERATIVE else 128
+    if v.family == "direct" and not v.swap_ab:
+        threads = 2 * v.tile.m  # 64 tokens a warpgroup
     accumulators = v.tile.m * v.instruction_n // threads
     if is_sm90(v) and v.format == "fp8_block" and accumulators > MAX_ACCUMULATORS:
         return (
@@ -213,8 +216,9 @@ def direct_is_sm90_fp8_block(v: Variant) -> str | None:
 
 
 def direct_unswapped_tile(v: Variant) -> str | None:
-    if v.family == "direct" and not v.swap_ab and (v.tile.m != 128 or v.tile.n not in (128, 256)):
-        return f"with tokens as operand A a direct tile is 128x128 or 128x256, not {v.tile.m}x{v.tile.n}"
+    if v.family == "direct" and not v.swap_ab and (v.tile.m, v.tile.n) not in DIRECT_TILES:
+        tiles = ", ".join(f"{m}x{n}" for m, n in DIRECT_TILES)
+        return f"with tokens as operand A a direct tile is one of {tiles}, not {v.tile.m}x{v.tile.n}"
     return None
 
 

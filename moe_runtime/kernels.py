@@ -209,7 +209,7 @@ class KernelVariant:
     @property
     def halves(self) -> bool:
         """Whether it computes tiles of at most half of token_tile rows in half the time, and splits its last tiles."""
-        return not self.swap_ab and "_direct_" in self.name
+        return not self.swap_ab and "_direct_" in self.name and self.token_tile == 128
 
     @property
     def weight_tile(self) -> int:

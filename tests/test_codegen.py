@@ -143,9 +143,11 @@ def test_source_says_what_the_variant_is(item):
         a, b = reversed(OPERANDS[v.format]) if v.swap_ab else OPERANDS[v.format]
         assert f"using ElementA = {a};\nusing ElementB = {b};\n" in text
     elif v.family == "mixed":
-        assert f"MMA_64x{v.tile.n}x16_F32BF16BF16_RS<" in text
+        of_e4m3, weights = v.format == "fp8_mxfp4", v.format.title().replace("_", "")
+        mma = f"{min(v.tile.n, 64)}x32_F32E4M3E4M3_RS_TN<>" if of_e4m3 else f"{v.tile.n}x16_F32BF16BF16_RS<"
+        assert f"MMA_64x{mma}" in text
         ends = {"plain": "Plain", "combine": "Combine", "swiglu": "Swiglu"}[v.ends]
-        config = f"moe::mixed::{v.format.capitalize()}, Mma, {v.tile.n}, {v.tile.k}, moe::direct::{ends}"
+        config = f"moe::mixed::{weights}, Mma, {v.tile.n}, {v.tile.k}, moe::direct::{ends}"
         assert f"Config<{config}>" in text
         assert f"{v.tile.m}, {v.tile.n}, {v.tile.k}, 1, 1, true," in text
         swiglu, combines = (str(v.ends == end).lower() for end in ("swiglu", "combine"))

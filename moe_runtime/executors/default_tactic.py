@@ -12,9 +12,9 @@ from .base import Gemm, MoEProblem, rows_to_hold
 NARROW = 32
 """Tokens of a tile up to which a GEMM is bound by reading weights, and fusing the activation costs it nothing."""
 
-WIDE, WORTH_HALF = 256, 0.57
-"""Of fp8_block: tokens from which a tile is bound by multiplying, and the share of it that must be rows for it to beat
-one of half the size: at 128 rows a tile of 256 takes 1.8 times as long, at 256 rows 0.91."""
+MANY = 128
+"""Of fp8_block: tokens of the widest tile that a default has. One of 192 takes 0.83 of the time of two at 160 to 192
+rows of every expert, but 1.28 of that of one at 128, and up to 1.2 of many: it is for the tuner."""
 
 WAVES = 2
 """Of fp8_block: tiles an SM from which on wide ones fill the GPU. 12 experts of Qwen3-235B with 43 rows each have 1.1
@@ -27,7 +27,7 @@ def packed_tile_time(tokens: int, layout: WeightLayout) -> float:
     Within 15 % of what tiles of 16 to 256 take on an H200.
     """
     if layout.multiplies_e4m3:
-        return max(192.0 + 1.25 * tokens, 170.0 + 1.88 * tokens)
+        return max(192.0 + 1.25 * tokens, 133.0 + 2.17 * tokens)
     return max(70.0 + tokens, 14.0 + 1.53 * tokens)
 
 
@@ -49,10 +49,8 @@ def default_variant(
     if able[0].weights != WeightLayout.FP8_BLOCK:
         return _default_of_packed(able, gemm, mean)
     plain = [variant for variant in able if variant.stores_rows]
-    tiles = sorted({variant.token_tile for variant in plain})
+    tiles = sorted({variant.token_tile for variant in plain if variant.token_tile <= MANY})
     tile = next((tile for tile in tiles if tile >= rows), tiles[-1])
-    if tile >= WIDE and mean < WORTH_HALF * tile:
-        tile = max(smaller for smaller in tiles if smaller < tile)
     # Of experts with a Poisson number of rows, those that have any.
     busy = problem.num_local_experts * -math.expm1(-mean)
     columns, _ = problem.gemm_shape(gemm)

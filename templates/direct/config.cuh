@@ -1,6 +1,6 @@
 // What a direct grouped GEMM is at compile time, how it divides shared memory, and what a launch passes to it.
 //
-// A tile is operand A's 128 or 256 rows by operand B's columns. Tokens are A where there are many of them, B (swap_ab)
+// A tile is operand A's 128 to 256 rows by operand B's columns. Tokens are A where there are many of them, B (swap_ab)
 // where a tile of 8 to 64 holds an expert's. Either way an instruction multiplies with one block of 128 weights, so that
 // its result has one weight scale.
 #pragma once
@@ -51,7 +51,7 @@ struct Config {
   using Mma = Mma_;
   static constexpr int kTokens = kTokens_, kWeights = kWeights_;
   static constexpr bool kHalf = false;
-  static constexpr int kHalfRows = kSwapAB_ ? 0 : kTokens / 2;  // of half a tile: see Half
+  static constexpr int kHalfRows = !kSwapAB_ && kTokens == 128 ? kTokens / 2 : 0;  // of half a tile: see Half
   static constexpr bool kSwapAB = kSwapAB_, kSwiglu = Ends_::kSwiglu, kGather = Ends_::kGather, kCombine = Ends_::kCombine;
   static constexpr int kColumns = kSwapAB ? kTokens : kBlock;  // of an instruction, whose rows are 64
   static constexpr int kMmas = kWeights / kBlock;              // instructions a warpgroup issues a step of K
@@ -65,7 +65,10 @@ struct Config {
   static constexpr int kOutputBytes = kSwiglu ? 1 : 2;
 
   static constexpr int kBlocksPerSm = 1;  // 2 of half the stages: nowhere faster, up to 1.7 % slower
-  static constexpr int kProducerRegisters = 40, kMathRegisters = 232;  // 128 * 40 + 256 * 232 are those of an SM
+  // Math warpgroups: tokens as operand A are 64 for each. Registers of a thread add up to an SM's 64 K.
+  static constexpr int kMathWarps = kSwapAB ? direct::kMathWarps : kTokens / 16;
+  static constexpr int kMathThreads = kMathWarps * 32, kThreads = kMathThreads + 128;
+  static constexpr int kProducerRegisters = kMathWarps == 12 ? 56 : 40, kMathRegisters = kMathWarps == 12 ? 152 : 232;
   static constexpr int kTokenBytes = kTokens * kTileK, kWeightBytes = kWeights * kTileK;
   static constexpr int kTileBytes = kTokenBytes + kWeightBytes;
   static constexpr int kScales = (kTokens + kMmas + 3) / 4 * 4;
@@ -78,7 +81,7 @@ struct Config {
   static constexpr int kStages = kStagesThatFit < kMaxStages ? kStagesThatFit : kMaxStages;
 
   static_assert(kTokens % 8 == 0 && kWeights % kBlock == 0 && kMmas <= 2);
-  static_assert(kSwapAB || kTokens == 128, "tokens as operand A: 64 for each math warpgroup");
+  static_assert(kSwapAB || kTokens == 128 || (kTokens == 192 && kMmas == 1));
   static_assert(!kSwiglu || kMmas == 2, "one block of gate, one of up");
   static_assert(kStages >= 3);
 

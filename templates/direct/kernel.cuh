@@ -1,4 +1,4 @@
-// The direct grouped GEMM: one persistent thread block an SM, a producer warpgroup and two math warpgroups.
+// The direct grouped GEMM: one persistent thread block an SM, a producer warpgroup and two or three math warpgroups.
 #pragma once
 #include "cutlass/arch/reg_reconfig.h"
 
@@ -16,12 +16,12 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
     cute::prefetch_tma_descriptor(reinterpret_cast<cute::TmaDescriptor const*>(&p.weights));
     for (int stage = 0; stage < C::kStages; ++stage) {
       PlainBarrier::init(&shared.full[stage], 1 + 1 + 32);  // who loads weights, who tokens, the warp that loads scales
-      PlainBarrier::init(&shared.empty[stage], kMathWarps);
-      PlainBarrier::init(&shared.scales_read[stage], kMathThreads);
+      PlainBarrier::init(&shared.empty[stage], C::kMathWarps);
+      PlainBarrier::init(&shared.scales_read[stage], C::kMathThreads);
     }
     for (int tile = 0; tile < kTilesAhead; ++tile) {
       PlainBarrier::init(&shared.tile_ready[tile], 1);
-      PlainBarrier::init(&shared.tile_read[tile], 1 + (C::kGather ? 32 : 1) + 32 + kMathThreads);
+      PlainBarrier::init(&shared.tile_read[tile], 1 + (C::kGather ? 32 : 1) + 32 + C::kMathThreads);
     }
     PlainBarrier::init(&shared.tile_wanted, 1);
     cutlass::arch::fence_barrier_init();
@@ -70,7 +70,7 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
   Tiles<C> tiles(shared);
   Progress<C::kStages> kept;
   Tile tile;
-  if constexpr (C::kSwapAB) {
+  if constexpr (C::kHalfRows == 0) {
     while (tiles.next(tile)) compute_tile<C>(p, shared, tile, blocks, warpgroup, at, kept);
   } else {
     while (tiles.next(tile)) {
@@ -85,7 +85,7 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename C::SharedStorage*>(shared_bytes);
   start<C>(p, shared);

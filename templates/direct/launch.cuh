@@ -82,7 +82,7 @@ struct Launch {
       if (int32_t status = kMakeParams(*gemm, last.params)) return status;
       last.gemm = *gemm;
     }
-    return launch(kKernel, gemm->sm_count * C::kBlocksPerSm, kThreads, sizeof(typename C::SharedStorage), gemm->stream, last.params);
+    return launch(kKernel, gemm->sm_count * C::kBlocksPerSm, C::kThreads, sizeof(typename C::SharedStorage), gemm->stream, last.params);
   }
 
   static int32_t check_abi() { return 0; }  // takes plain pointers: no layout of CUTLASS' own

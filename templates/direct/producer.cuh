@@ -24,7 +24,7 @@ constexpr auto kTokenHint = static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVIC
 // Before a block's first tokens; for those of later tiles, who lists them has waited.
 template <class C>
 __device__ __forceinline__ void wait_for_first_tokens(Params const& p, Tile const& tile) {
-  if constexpr (C::kHalfRows > 0 && C::kCombine) {
+  if constexpr (!C::kSwapAB && C::kCombine) {
     if (p.tokens_done) return wait_for_tokens(p, tile.group);
   }
   wait_for_predecessor();

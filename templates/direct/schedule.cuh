@@ -244,7 +244,7 @@ __device__ __forceinline__ void list_tiles(Params const& p, typename C::SharedSt
     int const beyond = *number - to_take, item = beyond < 0 ? *number : to_take + beyond / 2;
     bool const first = beyond < 0 || beyond % 2 == 0, second = beyond < 0 || beyond % 2 == 1;  // halves to take of the item
     if (groups.first_item[group + 1] <= item) group = group_of(item, group + 1, p.groups, groups.first_item);
-    if constexpr (C::kHalfRows > 0 && C::kCombine) {
+    if constexpr (!C::kSwapAB && C::kCombine) {
       // Here, two tiles ahead, the time that it takes to ask hides. The first tile's weights must not wait.
       if (p.tokens_done && *number >= blocks) wait_for_tokens(p, group);
     }

@@ -12,7 +12,6 @@ namespace moe::mixed {
 using direct::kMathThreads;
 using direct::kMathWarps;
 using direct::Groups;
-using direct::kThreads;
 using direct::kTilesAhead;
 using direct::PlainBarrier;
 using direct::Ring;
@@ -39,7 +38,7 @@ struct Config {
 
   // As the direct kernels' epilogue knows a tile.
   static constexpr bool kSwapAB = true, kHalf = false, kSwiglu = Ends_::kSwiglu, kCombine = Ends_::kCombine;
-  static constexpr int kMmas = 1, kHalfRows = 0;
+  static constexpr int kMmas = 1, kHalfRows = 0, kThreads = direct::kThreads;
   static constexpr int kOutputs = kSwiglu ? kWeights / 2 : kWeights, kOutputBytes = kSwiglu && kFp8 ? 1 : 2;
   // Blocks of activations that a row of the tile may have amaxes of: nvfp4's of 16 are the shortest.
   static constexpr int kRowBlocks = kSwiglu && !kFp8 ? kOutputs / 16 : 1;

@@ -29,7 +29,7 @@ __device__ __forceinline__ void start(Params const& p, typename C::SharedStorage
   }
   if constexpr (C::kFp8) list_magnitudes(shared.magnitudes);
   if constexpr (C::kSwiglu) {
-    for (int i = threadIdx.x; i < C::kTokens * C::kRowBlocks; i += kThreads) shared.amax[0][i] = 0;
+    for (int i = threadIdx.x; i < C::kTokens * C::kRowBlocks; i += C::kThreads) shared.amax[0][i] = 0;
   }
   // With either, who loads tokens waits for what the predecessor writes, and with ids lets the successor start.
   bool const counts = direct::counts_ids<C>(p);
@@ -90,7 +90,7 @@ __device__ __forceinline__ void multiply_tiles(Params const& p, typename C::Shar
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
+__global__ void __launch_bounds__(C::kThreads, C::kBlocksPerSm) grouped_gemm(__grid_constant__ Params const p) {
   extern __shared__ __align__(1024) uint8_t shared_bytes[];
   auto& shared = *reinterpret_cast<typename C::SharedStorage*>(shared_bytes);
   start<C>(p, shared);
