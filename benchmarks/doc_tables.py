@@ -150,7 +150,7 @@ def crossed() -> str:
 
 
 def ranks() -> str:
-    """Layers over two GPUs, in microseconds of the slower one."""
+    """Layers over several GPUs, in microseconds of the slowest one."""
     parts = []
     for path in sorted(RESULTS.glob("ranks-*.json")):
         found = load(path.stem)

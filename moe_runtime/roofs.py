@@ -23,6 +23,6 @@ class Roofs:
 
 ROOFS = {
     "NVIDIA H200": Roofs(
-        read_tbps=4.45, l2_tbps=15.3, block_scaled_tflops=1340.0, dense_tflops=1486.5, bf16_tflops=989.0
+        read_tbps=4.45, l2_tbps=15.3, block_scaled_tflops=1340.0, dense_tflops=1497.7, bf16_tflops=989.0
     )
 }

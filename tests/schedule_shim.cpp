@@ -70,10 +70,10 @@ struct Params {
   int num_slots, first_expert;
 };
 
-template <int kTokens_, int kWeights_, int kHalfRows_>
+template <int kTokens_, int kHalfRows_, bool kSwapAB_, int kBlocksPerSm_ = 1>
 struct Config {
-  static constexpr int kTokens = kTokens_, kWeights = kWeights_, kHalfRows = kHalfRows_;
-  static constexpr bool kCombine = false, kSwapAB = kHalfRows == 0;
+  static constexpr int kTokens = kTokens_, kWeights = 256, kHalfRows = kHalfRows_, kBlocksPerSm = kBlocksPerSm_;
+  static constexpr bool kCombine = false, kSwapAB = kSwapAB_;
   using SharedStorage = Shared;
 };
 
@@ -112,7 +112,12 @@ static int list_all(Params const& p, int blocks, int32_t* out) {
 }
 
 // Tiles of all blocks as rows of (block, group, first_row, rows, weight_tile, half), in any order of blocks; how many.
-extern "C" int list_tiles_of_all(int unswapped, int32_t const* offsets, int groups, int n, int k, int blocks, int32_t* tiles_taken, int32_t* out) {
+extern "C" int list_tiles_of_all(int kind, int32_t const* offsets, int groups, int n, int k, int blocks, int32_t* tiles_taken, int32_t* out) {
   Params const p{offsets, tiles_taken, nullptr, groups, n, k, nullptr, 0, 0};
-  return unswapped ? list_all<Config<128, 256, 64>>(p, blocks, out) : list_all<Config<32, 256, 0>>(p, blocks, out);
+  switch (kind) {
+    case 0: return list_all<Config<32, 0, true>>(p, blocks, out);
+    case 1: return list_all<Config<32, 0, true, 2>>(p, blocks, out);
+    case 2: return list_all<Config<128, 64, false>>(p, blocks, out);
+    default: return list_all<Config<192, 0, false>>(p, blocks, out);
+  }
 }

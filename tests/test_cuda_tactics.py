@@ -214,8 +214,8 @@ def test_refused_by_name_and_by_the_library() -> None:
         (18, "256x16", "128x8"),
         (19, "256x16", "128x16"),
         (98, "256x32", "128x32"),
-        (99, "256x64", "256x64"),
-        (213, "128x256", "128x256"),
+        (99, "128x256", "128x128"),
+        (213, "128x256", "128x128"),
         (449, "128x256", "128x256"),
         (8192, "128x256", "128x256"),
     ],
@@ -226,8 +226,7 @@ def test_defaults_hold_the_rows_and_their_spread(tokens_a_rank: int, gemm1: str,
     for gemm, tile in zip(GEMMS, (gemm1, gemm2), strict=True):
         chosen = made.variants[made.default_tactic(problem(), gemm, kernel_rows(tokens_a_rank, problem().parallel))]
         assert f"_direct_{tile}x128_" in chosen.name
-        # Fusing needs half of the tiles, so it waits for a tile of many rows where 32 hold no expert's.
-        assert chosen.swiglu == (gemm == "gemm1" and tile != "256x64")
+        assert chosen.swiglu == (gemm == "gemm1")
         assert not chosen.gathers
         assert chosen.combines == (gemm == "gemm2")
         assert made.can_implement(problem(), gemm, chosen.name) is None
@@ -278,8 +277,8 @@ def test_defaults_of_a_library_without_twins() -> None:
         assert not any(variant.gathers or variant.combines for variant in chosen)
 
 
-WORST_OVER_FASTEST = {"balanced": 0.09, "random": 0.08, "zipf:1.0": 0.05}
-MEAN_OVER_FASTEST = {"balanced": 0.012, "random": 0.006, "zipf:1.0": 0.012}
+WORST_OVER_FASTEST = {"balanced": 0.07, "random": 0.07, "zipf:1.0": 0.08}
+MEAN_OVER_FASTEST = {"balanced": 0.009, "random": 0.006, "zipf:1.0": 0.013}
 
 
 @pytest.mark.parametrize("distribution", WORST_OVER_FASTEST)

@@ -36,13 +36,13 @@ def default_variant(
 ) -> KernelVariant:
     """Of the variants that can run a GEMM of a call with num_rows rows, the one to run without having measured.
 
-    Of fp8_block: the least tile of tokens that holds an expert's rows and their spread, with SwiGLU fused where that
-    pays, and in
-    gemm2 the twin that combines: at the median it takes 8 % less than its plain kernel and the sum after it. Kernels
-    that gather win 2 % where rows are few and lose up to 60 % where some experts get many: those are for the tuner.
+    Of fp8_block: the least tile of tokens that holds an expert's rows and their spread, but from 33 rows on the tile
+    for many, where it fills the GPU; with SwiGLU fused where that pays, and in gemm2 the twin that combines: at the
+    median it takes 8 % less than its plain kernel and the sum after it. Kernels that gather win 2 % where rows are few
+    and lose up to 60 % where some experts get many: those are for the tuner.
 
     Both GEMMs with their defaults against the fastest of each, over benchmarks/results/h200/grid.json (held by a test):
-    random routing is 0.5 % slower on average and 7 % at worst, balanced 1.1 and 8 %, zipf:1.0 1.0 and 5 %.
+    random routing is 0.5 % slower on average and 6 % at worst, balanced 0.8 and 6 %, zipf:1.0 1.3 and 8 %.
     """
     mean = problem.mean_rows(num_rows)
     rows = rows_to_hold(mean)
@@ -58,6 +58,12 @@ def default_variant(
     def tiles_of(variant: KernelVariant) -> float:
         return busy * columns / variant.weight_tile * max(1.0, mean / variant.token_tile)
 
+    widest = max(plain, key=lambda variant: variant.weight_tile)
+    fills = tiles_of(widest) >= WAVES * sm_count
+    if NARROW < tile < MANY in tiles and fills:
+        tile = MANY  # whose kernels compute up to half as many rows in half the time
+    suited = [variant for variant in plain if variant.token_tile == tile]
+
     def pays(variant: KernelVariant) -> bool:
         """Fusing halves the tiles: where they no longer fill the GPU, the activation's own kernel costs less."""
         holds = rows <= variant.token_tile <= NARROW or (variant.token_tile == tile and not variant.swap_ab)
@@ -66,12 +72,9 @@ def default_variant(
     fused = [variant for variant in able if variant.swiglu and not variant.gathers and pays(variant)]
     if fused:
         return min(fused, key=lambda variant: variant.token_tile)
-    # Few rows or few tiles: narrow ones fill the GPU more evenly; many rows: a wide one reads the tokens less often.
-    suited = [variant for variant in plain if variant.token_tile == tile]
-    wide = max(suited, key=lambda variant: variant.weight_tile)
-    if tile <= NARROW or tiles_of(wide) < WAVES * sm_count:
-        return twin(min(suited, key=lambda variant: variant.weight_tile), able, "", "combine")
-    return twin(wide, able, "", "combine")
+    # One tile an expert, or few in all: narrow ones fill the GPU more evenly; a wide one reads the tokens less often.
+    chosen = (max if rows > MANY and fills else min)(suited, key=lambda variant: variant.weight_tile)
+    return twin(chosen, able, "", "combine")
 
 
 def _default_of_packed(able: Sequence[KernelVariant], gemm: Gemm, mean: float) -> KernelVariant:

@@ -24,9 +24,9 @@ from ..workload import Workload
 
 HEADROOM = 1.35
 """How far above the least prediction a variant may lie and still race. Over all sizes in benchmarks/results/h200, no
-variant is faster than predicted, and the fastest takes at most 1.28 times the least prediction: a variant predicted
+variant is faster than predicted, and the fastest takes at most 1.3 times the least prediction: a variant predicted
 above that is slower than the fastest. The rest is for workloads that were not measured. Of CUTLASS' collectives alone
-the fastest takes up to 1.66 times the least prediction; even so, none within 3 % of it is predicted above 1.35."""
+the fastest takes up to 1.69 times the least prediction; even so, none within 3 % of it is predicted above 1.35."""
 
 
 def gemm_bytes(
