@@ -40,12 +40,13 @@ def chosen(arch: str, *patterns: str) -> tuple[Entry, ...]:
 SUBSET = {
     "sm_90a": chosen(
         "sm_90a",
-        "fp8_mxfp4_mixed_128x256x128_1x1x1_*_swiglu",
         "direct_128x128x128_1x1x1_*_combine",
         "direct_256x16x128_1x1x1_*_gather_swiglu",
         "fp8_block_128x16x128_1x1x1_*cooperative_swap_ab",
         "_mxfp4_mixed_128x256x64_1x1x1_*_combine",
         "nvfp4_mixed_128x64x128_1x1x1_*_swiglu",
+        "fp8_mxfp4_mixed_128x256x128_1x1x1_*_swiglu",
+        "direct_192x128x128_1x1x1_*_combine",
     ),
     # Between them, on Blackwell: every format, one and two thread blocks an instruction, either operand order.
     "sm_100a": chosen(
@@ -145,7 +146,7 @@ def test_registers_were_told_for_every_kernel(built):
 
 def test_our_kernels_are_quick_to_compile_and_spill_nothing(sm90):
     own = [kernel for kernel in sm90.kernels if kernel.kind in ("direct", "mixed")]
-    assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 5
+    assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 6
     for kernel in own:
         assert kernel.compile_seconds <= 15
         assert kernel.spill_bytes == 0
@@ -160,20 +161,21 @@ def test_our_kernels_multiply_on_tensor_cores(sm90, toolchain, tmp_path, v):
     subprocess.run([toolchain.nvcc.path, *flags, *includes, "-ptx", "-o", ptx, source], check=True)
     multiplied = set(re.findall(r"wgmma\.mma_async\.sync\.aligned\.(\S+)", ptx.read_text()))
     columns = {v.instruction_n}
-    if v.family == "direct" and not v.swap_ab:
+    if v.family == "direct" and not v.swap_ab and v.tile.m == 128:
         columns.add(v.instruction_n // 2)  # halves of tiles
     assert multiplied == {f"m64n{count}{OPERANDS[v.format]}" for count in columns}
 
 
 def test_library_manifest_tells_stages_and_shared_memory(sm90):
     kernels = {kernel.name: kernel for kernel in sm90.kernels}
-    unswapped, swapped, collective, *mixed = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
-    for kernel in (unswapped, swapped, collective, *mixed):
+    unswapped, swapped, collective, *mixed, wide = (kernels[entry.variant.name] for entry in SUBSET["sm_90a"])
+    for kernel in (unswapped, swapped, collective, *mixed, wide):
         assert 0 < kernel.dynamic_shared_memory <= SM90_SHARED_MEMORY
     # The larger the tile, the fewer stages of it fit: of 128x128 and 256x16 as many, 33 and 35 KB each, of 128x16 more.
     assert [kernel.stages for kernel in (unswapped, swapped)] == [6, 6]
     assert collective.stages > swapped.stages
-    assert [kernel.stages for kernel in mixed] == [4, 3]  # the latter's shared memory is half an SM's: two run there
+    # The second one's shared memory is half an SM's: two run there.
+    assert [kernel.stages for kernel in (*mixed, wide)] == [4, 3, 4, 4]
     recorded = read_manifest(sm90.library.parent.parent / "manifest.json")["sm_90a"]
     assert recorded["library"] == sm90.library.name
 
@@ -221,12 +223,13 @@ def test_library_answers_without_a_gpu(sm90):
         assert (told.cluster_m, told.cluster_n, told.swap_ab) == (v.cluster.m, v.cluster.n, v.swap_ab)
         assert (told.swiglu, told.gathers, told.combines) == (v.swiglu, v.gathers, v.combines)
         assert told.weights == WEIGHTS[v.format]
-        assert told.threads == 384  # one producer warpgroup and two that multiply
+        # A producer warpgroup, and two that multiply, or as many as hold a tile of 192 tokens by 64.
+        assert told.threads == (512 if v.tile.m == 192 else 384)
     read = KernelLibrary(sm90.library).variants
-    assert [variant.swiglu for variant in read.values()] == [False, True, False, False, True]
-    assert [variant.gathers for variant in read.values()] == [False, True, False, False, False]
-    assert [variant.combines for variant in read.values()] == [True, False, False, True, False]
-    assert [variant.weight_rows for variant in read.values()] == [128, 256, 128, 128, 128]
+    assert [variant.swiglu for variant in read.values()] == [False, True, False, False, True, True, False]
+    assert [variant.gathers for variant in read.values()] == [False, True, False, False, False, False, False]
+    assert [variant.combines for variant in read.values()] == [True, False, False, True, False, False, True]
+    assert [variant.weight_rows for variant in read.values()] == [128, 256, 128, 128, 128, 128, 128]
     library = ctypes.CDLL(str(sm90.library))
     library.moe_library_hash.restype = ctypes.c_char_p
     assert library.moe_library_hash().decode() == sm90.library_hash
