@@ -33,7 +33,7 @@ HOPELESS = 1.5
 """Slower than the fastest by this after scouting, a tactic is not timed further."""
 UNLIKELY = 2.0
 """Nor scouted where it is predicted at this many times the least prediction: predictions are lower bounds, which the
-fastest exceeds by at most 1.28, so it would be hopeless."""
+fastest exceeds by at most 1.3, so it would be hopeless."""
 ROUND_US, TACTIC_US = 1000.0, 10_000.0
 """What a round of a tactic takes at least, as a graph; what all its rounds should take together."""
 FEWEST_ROUNDS = 3

@@ -104,6 +104,15 @@ def block_scaled(format: str, k: int, one_sm: Kernel, two_sm: Kernel) -> tuple[E
     )
 
 
+TILES_OF_PACKED = (
+    (8, "up to 8 rows per expert"),
+    (16, "9 to 16 rows per expert"),
+    (32, "17 to 32 rows per expert"),
+    (64, "33 to 64 rows per expert"),
+    (128, "65 to 128 rows per expert"),
+)
+"""Tokens of the tiles that all packed weights have, and what they are for."""
+
 CATALOGUE: tuple[Entry, ...] = (
     # Each says how often it was the fastest of 268 GEMMs (six layouts, 15 token counts, three distributions), as gemm1
     # or as gemm2, which is timed with the sum over a token's experts, and what the worst of them loses without it:
@@ -167,27 +176,18 @@ CATALOGUE: tuple[Entry, ...] = (
         swap_ab=True,
         ends="gather_swiglu",
     ),
-    *(
-        entry
+    *chain.from_iterable(
+        mixed(weights, tokens, why, k=64 if (weights, tokens) == ("bf16", 128) or tokens == 256 else 128)
         for weights in ("mxfp4", "nvfp4", "bf16")
-        for tile in (
-            mixed(weights, 8, "up to 8 rows per expert"),
-            mixed(weights, 16, "9 to 16 rows per expert"),
-            mixed(weights, 32, "17 to 32 rows per expert"),
-            mixed(weights, 64, "33 to 64 rows per expert"),
-            mixed(weights, 128, "65 to 128 rows per expert", k=64 if weights == "bf16" else 128),
-            mixed(weights, 256, "more rows: weights are decoded half as often; stages of 64 for four to fit", k=64),
+        for tokens, why in (
+            *TILES_OF_PACKED,
+            (256, "more rows: weights are decoded half as often; stages of 64 for four to fit"),
         )
-        for entry in tile
     ),
     *chain.from_iterable(
         mixed("fp8_mxfp4", tokens, why)
         for tokens, why in (
-            (8, "up to 8 rows per expert"),
-            (16, "9 to 16 rows per expert"),
-            (32, "17 to 32 rows per expert"),
-            (64, "33 to 64 rows per expert"),
-            (128, "65 to 128 rows per expert"),
+            *TILES_OF_PACKED,
             (192, "129 to 192 rows per expert: 0.8 of the time of 256"),
             (256, "more rows: weights are decoded half as often as for 128, 15 % faster"),
         )

@@ -60,7 +60,7 @@ def default_variant(
 
     widest = max(plain, key=lambda variant: variant.weight_tile)
     fills = tiles_of(widest) >= WAVES * sm_count
-    if NARROW < tile < MANY in tiles and fills:
+    if fills and NARROW < tile < MANY and MANY in tiles:
         tile = MANY  # whose kernels compute up to half as many rows in half the time
     suited = [variant for variant in plain if variant.token_tile == tile]
 

@@ -80,7 +80,7 @@ def cost(
     # Scales of 128x128 blocks are nothing beside the values, those of 16 or 32 are something.
     layout = variant.weights
     weight_bytes = 1.0 if layout == WeightLayout.FP8_BLOCK else layout.encoding.bytes_per_value
-    token_bytes, tflops = (1, roofs.block_scaled_tflops) if layout.multiplies_e4m3 else (2, roofs.bf16_tflops)
+    token_bytes, tflops = 1 if layout.multiplies_e4m3 else 2, roofs.tflops(layout)
 
     def us_of_tile(tokens: int) -> float:
         flops = 2 * tokens * weight_tile * k

@@ -148,8 +148,7 @@ def _roof(device: str, workloads: Sequence[Workload], gemm: Gemm) -> Roof | None
     layout, fused = workloads[0].config.number_format.weight_layout, gemm == "gemm1"
     moved = fmean(gemm_bytes(each.rows_per_expert.tolist(), shape, fused, layout) for each in workloads)
     flops = fmean(2 * workload.local_slots * shape[0] * shape[1] for workload in workloads)
-    tflops = roofs.block_scaled_tflops if layout.multiplies_e4m3 else roofs.bf16_tflops
-    return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / tflops / 1e6)
+    return Roof(memory_us=moved / roofs.read_tbps / 1e6, flops_us=flops / roofs.tflops(layout) / 1e6)
 
 
 def _candidates(plan: Plan, choice: GemmChoice, raced: Set[str]) -> Iterator[Candidate]:
