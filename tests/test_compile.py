@@ -145,10 +145,13 @@ def test_registers_were_told_for_every_kernel(built):
 
 
 def test_our_kernels_are_quick_to_compile_and_spill_nothing(sm90):
+    """A ninth of a collective's seconds, 9 to 78 on two idle cores; a third leaves room for what else a machine does,
+    where a bound in seconds would fail on one that is slower or busy."""
     own = [kernel for kernel in sm90.kernels if kernel.kind in ("direct", "mixed")]
+    [collective] = [kernel for kernel in sm90.kernels if kernel.kind == "collective"]
     assert {kernel.name for kernel in own} == {v.name for v in OWN} and len(own) == 6
     for kernel in own:
-        assert kernel.compile_seconds <= 15
+        assert kernel.compile_seconds <= collective.compile_seconds / 3
         assert kernel.spill_bytes == 0
 
 
