@@ -23,6 +23,7 @@ from .errors import BuildError
 from .files import cache_folder, write_atomically
 from .objects import ObjectCache, Record, content_key, own_headers
 from .toolchain import Toolchain, find_toolchain
+from .variant import Variant
 
 MANIFEST_VERSION = 1
 # NDEBUG is not a matter of speed alone: with asserts ptxas serialises wgmma.
@@ -31,9 +32,10 @@ FLAGS = ("-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xptxas",
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled unit as the manifest records it.
+    """A variant, or another compiled unit, as the manifest records it.
 
-    `dynamic_shared_memory` (bytes) and `stages` are None where no linked library tells them.
+    `compile_seconds` are its source's, which variants may share. `dynamic_shared_memory` (bytes) and `stages` are None
+    where no linked library tells them.
     """
 
     name: str
@@ -159,8 +161,8 @@ def _build(
 
     library = _link(prepared, arch, out, toolchain, cache) if arch.links else None
     told = library_variants(library) if library else {}
-    kernels = tuple(_kernel(job, record, job not in missing, told) for job, record in records)
-    result = Build(arch, library, library_hash, toolchain, kernels)
+    kernels = [kernel for job, record in records for kernel in _kernels(job, record, job not in missing, told)]
+    result = Build(arch, library, library_hash, toolchain, tuple(kernels))
     write_manifest(out / "manifest.json", read_manifest(out / "manifest.json") | {arch.name: result.record()})
     return result
 
@@ -185,8 +187,9 @@ def _cached(cache: ObjectCache, job: Job) -> Record:
 def _check(records: Sequence[tuple[Job, Record]]) -> None:
     problems = []
     for job, record in records:
-        spills = [function for function in record.functions if function.spill_bytes]
-        if spills and not job.unit.allow_spill:
+        allowed = [entry.variant for entry in job.unit.entries if entry.allow_spill]
+        spills = [f for f in record.functions if f.spill_bytes and not any(_is_of(v, f, job.unit) for v in allowed)]
+        if spills:
             listed = "; ".join(f"{f.spill_bytes} B in {f.function[:100]} ({f.registers} registers)" for f in spills)
             remedy = "make its tile smaller, or give its catalogue entry a reason in allow_spill"
             problems.append(f"{job.unit.name} spills registers: {listed}; {remedy}")
@@ -214,22 +217,33 @@ def _link(jobs: Sequence[Job], arch: Arch, out: Path, toolchain: Toolchain, cach
     return library
 
 
-def _kernel(job: Job, record: Record, cached: bool, told: dict[str, LibraryVariant]) -> Kernel:
-    variant = told.get(job.unit.name)
-    return Kernel(
-        name=job.unit.name,
-        kind=job.unit.kind,
-        format=job.unit.format,
-        key=job.key,
-        compile_seconds=record.seconds,
-        cached=cached,
-        registers=max((function.registers for function in record.functions), default=0),
-        spill_bytes=ptxas.spill_bytes(record.functions),
-        static_shared_memory=max((function.static_shared_memory for function in record.functions), default=0),
-        dynamic_shared_memory=variant.shared_memory_bytes if variant else None,
-        stages=variant.stages if variant else None,
-        functions=record.functions,
-    )
+def _is_of(variant: Variant, function: ptxas.Function, unit: Unit) -> bool:
+    """Whether a compiled function is a variant's: all are in a source of its own, as a collective's is."""
+    return len(unit.entries) == 1 or variant.types in function.function
+
+
+def _kernels(job: Job, record: Record, cached: bool, told: dict[str, LibraryVariant]) -> list[Kernel]:
+    """Of a unit: its variants, or the one thing that it is."""
+    variants = [entry.variant for entry in job.unit.entries]
+    functions = {v.name: tuple(f for f in record.functions if _is_of(v, f, job.unit)) for v in variants}
+    formats = {v.name: v.format for v in variants}
+    return [
+        Kernel(
+            name=name,
+            kind=job.unit.kind,
+            format=formats.get(name),
+            key=job.key,
+            compile_seconds=record.seconds,
+            cached=cached,
+            registers=max((function.registers for function in own), default=0),
+            spill_bytes=ptxas.spill_bytes(own),
+            static_shared_memory=max((function.static_shared_memory for function in own), default=0),
+            dynamic_shared_memory=told[name].shared_memory_bytes if name in told else None,
+            stages=told[name].stages if name in told else None,
+            functions=own,
+        )
+        for name, own in (functions or {job.unit.name: record.functions}).items()
+    ]
 
 
 def read_manifest(path: Path) -> dict[str, object]:

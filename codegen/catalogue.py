@@ -85,11 +85,11 @@ def mixed(format: str, tokens: int, why: str, *, k: int = 128) -> tuple[Entry, E
     return (*with_combine(plain, "the same, added up as gemm2"), fused)
 
 
-def with_combine(plain: Entry, why: str, allow_spill: str | None = None) -> tuple[Entry, Entry]:
+def with_combine(plain: Entry, why: str) -> tuple[Entry, Entry]:
     """A kernel that leaves rows, for GEMM1, for callers that want them and for results that repeat bit by bit, and its
     twin that adds them up as GEMM2, which spares a layer the rows' way to memory and back, 1 to 4 % of it."""
     variant = dataclasses.replace(plain.variant, ends="combine")
-    return plain, dataclasses.replace(plain, variant=variant, why=why, allow_spill=allow_spill)
+    return plain, dataclasses.replace(plain, variant=variant, why=why)
 
 
 def sm100(tile: tuple[int, int], schedule: Kernel, why: str, **options: Any) -> Entry:
@@ -159,23 +159,10 @@ CATALOGUE: tuple[Entry, ...] = (
     *with_combine(
         direct((256, 64), "gate_up of 33 to 64 rows, half as many tiles; nowhere, within 1 % 5 times", swap_ab=True),
         "down, 33 to 64 rows, half as many tiles; fastest 6 times, 4 %",
-        allow_spill="two words, once a tile",
     ),
     direct((256, 16), "gate_up of up to 16 rows, activated too; fastest 51 times, 4 %", swap_ab=True, ends="swiglu"),
     direct((256, 32), "gate_up of up to 32 rows, activated too; fastest 16 times, 7 %", swap_ab=True, ends="swiglu"),
-    direct(
-        (256, 64),
-        "gate_up of 33 to 64 rows, in place; fastest nowhere in the last grid",
-        swap_ab=True,
-        ends="swiglu",
-    ),
     direct((256, 16), "tokens from where they came in; fastest 44 times, 1 %", swap_ab=True, ends="gather_swiglu"),
-    direct(
-        (256, 32),
-        "tokens from where they came in; nowhere, within 1 % once",
-        swap_ab=True,
-        ends="gather_swiglu",
-    ),
     *chain.from_iterable(
         mixed(weights, tokens, why, k=64 if (weights, tokens) == ("bf16", 128) or tokens == 256 else 128)
         for weights in ("mxfp4", "nvfp4", "bf16")

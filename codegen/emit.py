@@ -16,13 +16,12 @@ from .files import TEMPLATES, write_if_different
 
 @dataclass(frozen=True)
 class Unit:
-    """One source that nvcc compiles to one object."""
+    """One source that nvcc compiles to one object, and the variants in it."""
 
     name: str
     kind: Literal["collective", "direct", "mixed", "op", "registry"]
     source: Path
-    format: str | None = None
-    allow_spill: str | None = None
+    entries: tuple[Entry, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,24 @@ def _environment() -> jinja2.Environment:
     )
 
 
+def by_source(entries: Sequence[Entry]) -> dict[str, tuple[Entry, ...]]:
+    """Entries by the name of the source that they share, in the order of the first of each."""
+    sources: dict[str, tuple[Entry, ...]] = {}
+    for entry in entries:
+        sources[entry.variant.source] = (*sources.get(entry.variant.source, ()), entry)
+    return sources
+
+
 def render(arch: Arch, entries: Sequence[Entry]) -> dict[str, str]:
     """Text of each generated source of `arch` by file name. Raises BuildError for an unsound entry or template."""
     validate(entries)
     environment = _environment()
     sources = {}
     try:
-        for entry in entries:
-            v = entry.variant
-            sources[f"{v.name}.cu"] = environment.get_template(v.template).render(v=v, tag=v.tags)
+        for name, shared in by_source(entries).items():
+            variants = [entry.variant for entry in shared]
+            v = variants[0]
+            sources[f"{name}.cu"] = environment.get_template(v.template).render(v=v, tag=v.tags, variants=variants)
         if arch.links:
             variants = [entry.variant for entry in entries]
             sources["registry.cu"] = environment.get_template("registry.cu.j2").render(arch=arch, variants=variants)
@@ -81,9 +89,8 @@ def emit(arch: Arch, entries: Sequence[Entry], out: Path) -> Emission:
         path.unlink()
 
     units = []
-    for entry in entries:
-        v = entry.variant
-        units.append(Unit(v.name, v.family, folder / f"{v.name}.cu", v.format, entry.allow_spill))
+    for name, shared in by_source(entries).items():
+        units.append(Unit(name, shared[0].variant.family, folder / f"{name}.cu", shared))
     units += [Unit(path.stem, "op", path) for path in sorted((TEMPLATES / "ops").glob("*.cu"))]
     if arch.links:
         units.append(Unit("registry", "registry", folder / "registry.cu"))

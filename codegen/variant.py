@@ -1,5 +1,6 @@
 """What a kernel is: one frozen record, named in CUTLASS' own terms."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +95,17 @@ class Variant:
         parts = (self.arch.replace("_", ""), self.format, *family, str(self.tile), str(self.cluster))
         options = ("_swap_ab" if self.swap_ab else "") + ("" if self.ends == "plain" else f"_{self.ends}")
         return "_".join(parts) + KernelScheduleSuffixes[self.schedule] + options
+
+    @property
+    def source(self) -> str:
+        """Name of the source that it is generated into: kernels of one tile, which differ in their ends, share theirs.
+        Headers are nine tenths of the 9 s that one takes to compile; a second and a third take a second more each."""
+        return dataclasses.replace(self, ends="plain").name
+
+    @property
+    def types(self) -> str:
+        """The C++ namespace of its types, which the names of its compiled functions hold."""
+        return f"{self.name}_types"
 
     @property
     def target(self) -> Arch:

@@ -36,15 +36,16 @@ ENTRIES = (
 )
 DIRECT, COLLECTIVE_NAME = (item.variant.name for item in ENTRIES)
 KERNELS = {DIRECT, COLLECTIVE_NAME}
+SOURCES = {item.variant.source for item in ENTRIES}
 KERNEL_LOG = """\
-ptxas info    : Compiling entry function 'k' for 'sm_90a'
-ptxas info    : Function properties for k
+ptxas info    : Compiling entry function '{name}' for 'sm_90a'
+ptxas info    : Function properties for {name}
     {stack} bytes stack frame, {spill} bytes spill stores, {spill} bytes spill loads
 ptxas info    : Used {registers} registers, used 2 barriers, 1040 bytes smem, 400 bytes cmem[0]"""
 
 
-def log(registers: int = 168, spill: int = 0, stack: int = 0) -> str:
-    lines = KERNEL_LOG.format(registers=registers, spill=spill, stack=stack).splitlines()
+def log(registers: int = 168, spill: int = 0, stack: int = 0, name: str = "k") -> str:
+    lines = KERNEL_LOG.format(registers=registers, spill=spill, stack=stack, name=name).splitlines()
     return "".join(f"// log: {line}\n" for line in lines)
 
 
@@ -53,10 +54,12 @@ KERNEL = """\
 #include "FAMILY/launch.cuh"
 static int32_t run(MoeGroupedGemm const*) { return 0; }
 static int32_t check_abi(void) { return kAnswer; }
+{% for v in variants %}
 extern "C" MoeVariant const {{ v.name }};
 extern "C" MoeVariant const {{ v.name }} = {"{{ v.name }}", {{ v.tile.m }}, {{ v.tile.n }}, {{ v.tile.k }},
   {{ v.cluster.m }}, {{ v.cluster.n }}, {{ v.swap_ab | int }}, 7, 229376, 384, &run, &check_abi,
   {{ v.swiglu | int }}, MOE_WEIGHTS_FP8_BLOCK, {{ v.gathers | int }}, {{ v.combines | int }}};
+{% endfor %}
 """
 
 
@@ -70,7 +73,8 @@ def stand_ins(templates: Path) -> None:
 
 
 def kernel(family: str, **figures: int) -> str:
-    return log(**figures) + KERNEL.replace("FAMILY", family)
+    told = log(**figures, name="{{ v.types }}")
+    return "{% for v in variants %}\n" + told + "{% endfor %}\n" + KERNEL.replace("FAMILY", family)
 
 
 @dataclass(frozen=True)
@@ -206,13 +210,33 @@ def test_spill_fails_the_build_and_is_not_forgotten(tree, family, entries):
     template.write_text(kernel(family, registers=255, spill=276))
     for _ in range(2):  # the second time from the cache
         with pytest.raises(
-            BuildError, match=rf"{entries[0].variant.name} spills registers: 552 B in k \(255 registers\)"
+            BuildError, match=rf"{entries[0].variant.source} spills registers: 552 B in \w+_types \(255 registers\)"
         ):
             tree.build(entries)
     assert not (tree.out / "manifest.json").exists()
     allowed = (dataclasses.replace(entries[0], allow_spill="outside the inner loop"),)
     result = tree.build(allowed)
     assert result.kernels[0].spill_bytes == 552
+
+
+def test_kernels_of_one_source_have_figures_of_their_own(tree):
+    pair = select("sm_90a", only="direct_128x8x128")
+    plain, combines = (item.variant for item in pair)
+    template = tree.templates / "direct" / "fp8_block.cu.j2"
+    told = log(80, name=f"_ZN{plain.types}1kEv") + log(96, spill=4, name=f"_ZN{combines.types}1kEv")
+    template.write_text(told + KERNEL.replace("FAMILY", "direct"))
+    allowed = dataclasses.replace(pair[1], allow_spill="once a tile")
+    result = tree.build((pair[0], allowed))
+    assert len({plain.source, combines.source}) == 1
+    kernels = {kernel.name: kernel for kernel in result.kernels if kernel.kind == "direct"}
+    assert [(k.name, k.registers, k.spill_bytes) for k in kernels.values()] == [
+        (plain.name, 80, 0), (combines.name, 96, 8)
+    ]  # fmt: skip
+    assert len({(kernel.key, kernel.compile_seconds) for kernel in kernels.values()}) == 1
+    with pytest.raises(BuildError, match=rf"8 B in _ZN{combines.types}1kEv \(96 registers\)"):
+        tree.build(pair)
+    with pytest.raises(BuildError, match="spills"):
+        tree.build((dataclasses.replace(pair[0], allow_spill="of its twin"), pair[1]))
 
 
 @pytest.mark.parametrize("family", ["direct", "collective"])
@@ -321,7 +345,7 @@ def test_progress_tells_figures_and_time_left(tree):
 def test_time_left_starts_from_recorded_seconds(tree):
     tree.build()
     seconds = json.loads((tree.cache / "seconds.json").read_text())
-    assert set(seconds) == KERNELS | {"gather", "registry"}
+    assert set(seconds) == SOURCES | {"gather", "registry"}
 
 
 @pytest.mark.parametrize(

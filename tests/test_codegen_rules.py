@@ -146,8 +146,8 @@ GOOD_TILES = [
     direct(128, 256, ends="swiglu"),
     *(direct(128, n, swap_ab=True, ends=ends) for n in (8, 16, 32, 64) for ends in TWINS),
     *(direct(256, n, swap_ab=True, ends=ends) for n in (32, 64) for ends in TWINS),
-    *(direct(256, n, swap_ab=True, ends="swiglu") for n in (16, 32, 64)),
-    *(direct(256, n, swap_ab=True, ends="gather_swiglu") for n in (16, 32)),
+    *(direct(256, n, swap_ab=True, ends="swiglu") for n in (16, 32)),
+    direct(256, 16, swap_ab=True, ends="gather_swiglu"),
     *(
         mixed(128, n, k, format=weights, ends=ends)
         for weights, wide_k in (("mxfp4", 128), ("nvfp4", 128), ("bf16", 64))

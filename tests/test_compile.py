@@ -158,7 +158,7 @@ def test_our_kernels_are_quick_to_compile_and_spill_nothing(sm90):
 @pytest.mark.parametrize("v", OWN, ids=lambda v: v.name)
 def test_our_kernels_multiply_on_tensor_cores(sm90, toolchain, tmp_path, v):
     """Read from PTX, for pip's nvcc has no disassembler with it; that ptxas serialises nothing is the build's check."""
-    source, ptx = sm90.library.parent / f"{v.name}.cu", tmp_path / "kernel.ptx"
+    source, ptx = sm90.library.parent / f"{v.source}.cu", tmp_path / "kernel.ptx"
     flags = (*(flag for flag in FLAGS if flag not in ("-Xptxas", "-v")), *v.target.flags, v.target.gencode)
     includes = [f"-I{folder}" for folder in (*include_folders(), toolchain.cutlass.include)]
     subprocess.run([toolchain.nvcc.path, *flags, *includes, "-ptx", "-o", ptx, source], check=True)

@@ -80,7 +80,7 @@ def test_the_error_of_a_fused_gemm_is_what_lies_beyond_the_rounding() -> None:
         (PLAIN, torch.nan),
         (PLAIN + "_combine", 0.0),
         (FUSED, torch.nan),
-        (FUSED.replace("_swiglu", "_gather_swiglu"), torch.nan),
+        (NAME("direct_256x16x", "1x1", "_swap_ab_gather_swiglu"), torch.nan),
     ],
     ids=["plain", "combine", "swiglu", "gather_swiglu"],
 )
