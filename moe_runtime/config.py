@@ -44,6 +44,8 @@ class MoEConfig:
     num_fused_shared_experts: of num_experts the last, which every token has beside those that the router chooses: in
         the last of its top_k slots, with weight 1. num_experts and top_k count them, router logits do not.
     activation: between the GEMMs: "swiglu" on rows [gate; up] of W1, or "relu2", relu(x)^2 on a W1 of half the rows.
+    experts_are_slots: of a placement, as `physical_config` makes them; the layer then takes no router logits, which are
+        of the model's experts.
     Raises InvalidArgument for a combination that no kernel of the format serves.
     """
 
@@ -60,6 +62,7 @@ class MoEConfig:
     clamp_limit: float | None = None
     activation: str = "swiglu"
     num_fused_shared_experts: int = 0
+    experts_are_slots: bool = False
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "intermediate_size", "num_experts", "top_k", "n_group", "topk_group"):

@@ -138,7 +138,7 @@ def fp8_block_scale_moe(
     scale = None if hidden_states_scale is None else hidden_states_scale.mT
     scaling = 1.0 if routed_scaling_factor is None else routed_scaling_factor
     routing = (num_experts, top_k, int(routing_method_type), n_group or 1, topk_group or 1, scaling)
-    layer = (hidden_states.shape[-1], intermediate_size, *routing, None, "swiglu", shared, parallel, rank)
+    layer = (hidden_states.shape[-1], intermediate_size, *routing, None, "swiglu", shared, False, parallel, rank)
     if torch.compiler.is_compiling():
         result = layer_op("fp8_block")(
             hidden_states, scale, routing_logits, routing_bias, None, None,
@@ -226,7 +226,7 @@ def _make_function(format: Format) -> Callable[..., Tensor | list[Tensor]]:
         problem = make_problem(
             format.name, hidden_size, intermediate_size, num_experts, top_k, int(routing_method_type), n_group or 1,
             topk_group or 1, 1.0 if routed_scaling_factor is None else routed_scaling_factor, None, activation,
-            shared, parallel, rank,
+            shared, False, parallel, rank,
         )  # fmt: skip
         weights = PackedWeights(
             format.name,

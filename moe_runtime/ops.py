@@ -156,6 +156,7 @@ def make_problem(
     clamp_limit: float | None,
     activation: str,
     num_fused_shared_experts: int,
+    experts_are_slots: bool,
     parallel: str,
     rank: int,
 ) -> MoEProblem:
@@ -180,6 +181,7 @@ def make_problem(
         clamp_limit=clamp_limit,
         activation=activation,
         num_fused_shared_experts=num_fused_shared_experts,
+        experts_are_slots=experts_are_slots,
     )
     return MoEProblem(config, layout)
 
@@ -204,6 +206,7 @@ def op_arguments(
         config.clamp_limit,
         config.activation,
         config.num_fused_shared_experts,
+        config.experts_are_slots,
         str(problem.parallel),
         problem.parallel.rank,
         deterministic,
@@ -224,7 +227,7 @@ _SCHEMA = (
     "Tensor? topk_ids, Tensor? topk_weights, Tensor?[] operands, bool gate_first, float input_scale, "
     "int hidden_size, int intermediate_size, int num_experts, int top_k, int routing_method, int n_group, "
     "int topk_group, float routed_scaling_factor, float? clamp_limit, str activation, int num_fused_shared_experts, "
-    "str parallel, int rank, bool deterministic, int[] bucket_starts, str[] tactics) -> Tensor"
+    "bool experts_are_slots, str parallel, int rank, bool deterministic, int[] bucket_starts, str[] tactics) -> Tensor"
 )
 _library = torch.library.Library("moe_runtime", "DEF")
 
@@ -251,6 +254,7 @@ def _layer_op(
     clamp_limit: float | None,
     activation: str,
     num_fused_shared_experts: int,
+    experts_are_slots: bool,
     parallel: str,
     rank: int,
     deterministic: bool,
@@ -270,6 +274,7 @@ def _layer_op(
         clamp_limit,
         activation,
         num_fused_shared_experts,
+        experts_are_slots,
         parallel,
         rank,
     )

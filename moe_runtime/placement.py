@@ -197,6 +197,7 @@ def physical_config(config: MoEConfig, placement: _Sizes) -> MoEConfig:
         topk_group=1,
         routed_scaling_factor=1.0,
         num_fused_shared_experts=0,
+        experts_are_slots=True,
     )
 
 
@@ -258,6 +259,7 @@ class Placements(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
             n_group=self.n_group,
             topk_group=self.topk_group,
             num_fused_shared_experts=self.num_fused_shared_experts,
+            experts_are_slots=False,
         )
 
     def digest(self) -> str:

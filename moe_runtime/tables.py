@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from rich import box
@@ -12,7 +13,10 @@ from .executors.base import GEMMS, Gemm
 from .tuning import GemmChoice, Plan
 from .tuning.plan_tools import choices, serving_entry
 
-PIPED_WIDTH = 120
+PIPED_WIDTH = 160
+"""Holds two plans' tactics side by side."""
+
+_SHARED = re.compile(r"^sm\d+a_\w+?_(?=direct_|mixed_|\d+x)|_1x1x1|_warpspecialized|_cooperative")
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -33,7 +37,7 @@ def plan_table(plan: Plan) -> Table:
                 str(entry.bucket),
                 str(entry.rows),
                 gemm,
-                short_name(choice.tactic, plan.key.format),
+                short_name(choice.tactic),
                 *_times(choice),
                 gain,
             )
@@ -53,7 +57,7 @@ def regimes_table(plans: Sequence[Plan]) -> Table:
         cells = []
         for plan, choice in zip(plans, served, strict=True):
             times = _times(choice) if choice is not None and tokens in plan.buckets else ["", ""]
-            cells += [short_name(choice.tactic, plan.key.format) if choice is not None else "(default)", *times]
+            cells += [short_name(choice.tactic) if choice is not None else "(default)", *times]
         table.add_row(str(tokens), gemm, *cells, "*" if _differ(served) else "")
     return table
 
@@ -83,9 +87,9 @@ def _table(columns: Sequence[str]) -> Table:
     return table
 
 
-def short_name(tactic: str, format: str) -> str:
-    """A tactic's name without what all variants of a plan share."""
-    return tactic.split(f"{format}_")[-1].replace("warpspecialized_", "")
+def short_name(tactic: str) -> str:
+    """A tactic's name without what all kernels of our own for a format have in it."""
+    return _SHARED.sub("", tactic)
 
 
 def _times(choice: GemmChoice) -> list[str]:

@@ -134,6 +134,23 @@ def test_slots_of_all_ranks_add_up_to_the_layer(config: MoEConfig, text: str) ->
     assert reference.relative_error(total, expected.double()) < 5e-3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_logits_of_experts_are_no_logits_of_slots(compiled: bool) -> None:
+    """As many slots as experts, but in another order: nothing in the tensors' shapes tells."""
+    layer = place(ROUTED, {"a": torch.arange(8).flip(0)}, 1, 0).layers["a"]
+    assert layer.num_physical_experts == ROUTED.num_experts
+    physical = physical_config(ROUTED, layer)
+    called = FusedMoE(physical, Parallel.parse("ep1"), FP8BlockWeights.random(physical, 8, seed=1))
+    x, logits = torch.ones(2, 256, dtype=torch.bfloat16), torch.zeros(2, 8)
+    run = torch.compile(called, backend="eager", fullgraph=True) if compiled else called
+    with pytest.raises(
+        InvalidArgument, match=r"routing_logits: .* slots; accepted: topk_ids and topk_weights.*to_physical"
+    ):
+        run(x, logits)
+    ids, weights = route(ROUTED, logits)
+    assert run(x, topk_ids=layer.to_physical(ids), topk_weights=weights).shape == (2, 256)
+
+
 def test_the_physical_layer_is_an_ordinary_one() -> None:
     placements = place(SHARED, {"a": torch.ones(8)}, 2, 4)
     physical = physical_config(SHARED, placements)

@@ -141,6 +141,9 @@ class LayerInputs(NamedTuple):
         if logits is not None:
             if topk_ids is not None or topk_weights is not None:
                 raise InvalidArgument("topk_ids", "ids beside routing_logits", "either routing_logits or ready ids")
+            if config.experts_are_slots:
+                given, hint = "logits for a layer whose experts are slots", "Use `route` and `Placement.to_physical`."
+                raise InvalidArgument("routing_logits", given, "topk_ids and topk_weights", hint)
             check_tensor("routing_logits", logits, (tokens, config.num_routed_experts), _FLOATS, device)
             if bias is not None:
                 check_tensor("routing_bias", bias, (config.num_routed_experts,), _FLOATS, device)

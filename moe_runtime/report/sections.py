@@ -53,7 +53,7 @@ TOKENS, GEMM, PLAN, TACTIC = (
 
 def _named(tactic: str, one: Tuned, chosen: figures.Letters) -> str:
     """A tactic in a table: its letter, where it has one, and what tells it apart."""
-    short = short_name(tactic, one.plan.key.format)
+    short = short_name(tactic)
     return f"{chosen[tactic]}  {short}" if tactic in chosen else short
 
 

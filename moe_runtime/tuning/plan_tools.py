@@ -65,6 +65,7 @@ def config_of(key: PlanKey) -> MoEConfig:
             format=key.format,
             activation=key.activation,
             num_fused_shared_experts=int(shared or 0),
+            experts_are_slots=bool(key.placement),
         )
     except (KeyError, ValueError) as error:
         raise PlanRefused(f"plan: damaged, its key names no layer ({error}); tune again") from error
