@@ -52,11 +52,19 @@ def points(known: dict[str, KernelVariant]) -> list[tuple[str, dict[str, float],
     return found
 
 
+# Measured, the fastest nowhere, and so no longer in the catalogue. Both serve gemm1 only.
+LEFT = {
+    "sm90a_fp8_block_direct_256x64x128_1x1x1_warpspecialized_cooperative_swap_ab_swiglu",
+    "sm90a_fp8_block_direct_256x32x128_1x1x1_warpspecialized_cooperative_swap_ab_gather_swiglu",
+}
+
+
 def test_every_measured_variant_is_known_and_every_one_measured() -> None:
     """Each at every point: as gemm1 all that combine nothing, as gemm2 all that neither activate nor gather."""
     for name, gemm in json.loads(MEASURED.read_text())["results"].items():
         gemm1 = name.endswith("g1")
         expected = {tactic for tactic, v in variants().items() if not (v.combines if gemm1 else v.swiglu)}
+        expected |= LEFT if gemm1 else set()
         for rows, point in gemm["by_rows_per_expert"].items():
             assert point["interleaved_us"].keys() == expected, (name, rows)
 

@@ -35,5 +35,5 @@ def test_generate_writes_every_variant(capsys: pytest.CaptureFixture[str], monke
     assert demo.generate() is False
     files = machine.generator("files").generated_folder()
     for entry in machine.generator("catalogue").CATALOGUE:
-        assert (files / entry.variant.arch / f"{entry.variant.name}.cu").is_file()
+        assert (files / entry.variant.arch / f"{entry.variant.source}.cu").is_file()
     assert "variants" in capsys.readouterr().out
