@@ -196,7 +196,8 @@ def variants(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    table = Table(title=f"{len(rows)} variants; blank: not compiled here", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"{len(rows)} variants; blank: not compiled here; kernels of a tile are compiled together"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("variant", overflow="fold")
     for column in ("compile s", "registers", "spill B", "shared KiB"):
         table.add_column(column, justify="right")
