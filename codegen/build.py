@@ -187,12 +187,15 @@ def _cached(cache: ObjectCache, job: Job) -> Record:
 def _check(records: Sequence[tuple[Job, Record]]) -> None:
     problems = []
     for job, record in records:
-        allowed = [entry.variant for entry in job.unit.entries if entry.allow_spill]
-        spills = [f for f in record.functions if f.spill_bytes and not any(_is_of(v, f, job.unit) for v in allowed)]
+        spills = []
+        for function in record.functions:
+            owner = next((entry for entry in job.unit.entries if _is_of(entry.variant, function, job.unit)), None)
+            if function.spill_bytes and not (owner and owner.allow_spill):
+                name = owner.variant.name if owner else function.function[:100]
+                spills.append(f"{function.spill_bytes} B in {name} ({function.registers} registers)")
         if spills:
-            listed = "; ".join(f"{f.spill_bytes} B in {f.function[:100]} ({f.registers} registers)" for f in spills)
             remedy = "make its tile smaller, or give its catalogue entry a reason in allow_spill"
-            problems.append(f"{job.unit.name} spills registers: {listed}; {remedy}")
+            problems.append(f"{job.unit.name} spills registers: {'; '.join(spills)}; {remedy}")
         if record.serialised:
             problems.append(f"{job.unit.name}: ptxas serialised its wgmma instructions, see {job.log}")
     if problems:
