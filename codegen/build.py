@@ -23,7 +23,6 @@ from .errors import BuildError
 from .files import cache_folder, write_atomically
 from .objects import ObjectCache, Record, content_key, own_headers
 from .toolchain import Toolchain, find_toolchain
-from .variant import Variant
 
 MANIFEST_VERSION = 1
 # NDEBUG is not a matter of speed alone: with asserts ptxas serialises wgmma.
@@ -161,8 +160,12 @@ def _build(
 
     library = _link(prepared, arch, out, toolchain, cache) if arch.links else None
     told = library_variants(library) if library else {}
-    kernels = [kernel for job, record in records for kernel in _kernels(job, record, job not in missing, told)]
-    result = Build(arch, library, library_hash, toolchain, tuple(kernels))
+    kernels = tuple(
+        _kernel(job, record, entry, job not in missing, told)
+        for job, record in records
+        for entry in job.unit.entries or (None,)
+    )
+    result = Build(arch, library, library_hash, toolchain, kernels)
     write_manifest(out / "manifest.json", read_manifest(out / "manifest.json") | {arch.name: result.record()})
     return result
 
@@ -189,7 +192,7 @@ def _check(records: Sequence[tuple[Job, Record]]) -> None:
     for job, record in records:
         spills = []
         for function in record.functions:
-            owner = next((entry for entry in job.unit.entries if _is_of(entry.variant, function, job.unit)), None)
+            owner = _owner(job.unit, function)
             if function.spill_bytes and not (owner and owner.allow_spill):
                 name = owner.variant.name if owner else function.function[:100]
                 spills.append(f"{function.spill_bytes} B in {name} ({function.registers} registers)")
@@ -220,33 +223,30 @@ def _link(jobs: Sequence[Job], arch: Arch, out: Path, toolchain: Toolchain, cach
     return library
 
 
-def _is_of(variant: Variant, function: ptxas.Function, unit: Unit) -> bool:
-    """Whether a compiled function is a variant's: all are in a source of its own, as a collective's is."""
-    return len(unit.entries) == 1 or variant.types in function.function
+def _owner(unit: Unit, function: ptxas.Function) -> Entry | None:
+    """Whose a compiled function is: all are the only entry's, as of a collective, and else tell by their names."""
+    return next((e for e in unit.entries if len(unit.entries) == 1 or e.variant.types in function.function), None)
 
 
-def _kernels(job: Job, record: Record, cached: bool, told: dict[str, LibraryVariant]) -> list[Kernel]:
-    """Of a unit: its variants, or the one thing that it is."""
-    variants = [entry.variant for entry in job.unit.entries]
-    functions = {v.name: tuple(f for f in record.functions if _is_of(v, f, job.unit)) for v in variants}
-    formats = {v.name: v.format for v in variants}
-    return [
-        Kernel(
-            name=name,
-            kind=job.unit.kind,
-            format=formats.get(name),
-            key=job.key,
-            compile_seconds=record.seconds,
-            cached=cached,
-            registers=max((function.registers for function in own), default=0),
-            spill_bytes=ptxas.spill_bytes(own),
-            static_shared_memory=max((function.static_shared_memory for function in own), default=0),
-            dynamic_shared_memory=told[name].shared_memory_bytes if name in told else None,
-            stages=told[name].stages if name in told else None,
-            functions=own,
-        )
-        for name, own in (functions or {job.unit.name: record.functions}).items()
-    ]
+def _kernel(job: Job, record: Record, entry: Entry | None, cached: bool, told: dict[str, LibraryVariant]) -> Kernel:
+    """Of an entry of the unit, or of a unit that has none."""
+    name = entry.variant.name if entry else job.unit.name
+    functions = tuple(function for function in record.functions if _owner(job.unit, function) is entry)
+    variant = told.get(name)
+    return Kernel(
+        name=name,
+        kind=job.unit.kind,
+        format=entry.variant.format if entry else None,
+        key=job.key,
+        compile_seconds=record.seconds,
+        cached=cached,
+        registers=max((function.registers for function in functions), default=0),
+        spill_bytes=ptxas.spill_bytes(functions),
+        static_shared_memory=max((function.static_shared_memory for function in functions), default=0),
+        dynamic_shared_memory=variant.shared_memory_bytes if variant else None,
+        stages=variant.stages if variant else None,
+        functions=functions,
+    )
 
 
 def read_manifest(path: Path) -> dict[str, object]:

@@ -136,7 +136,7 @@ OPERANDS = {
 @pytest.mark.parametrize("item", CATALOGUE, ids=lambda item: item.variant.name)
 def test_source_says_what_the_variant_is(item):
     v = item.variant
-    text = emit.render(v.target, [item])[f"{v.source}.cu"]
+    text, end = emit.render(v.target, [item])[f"{v.source}.cu"], f"\n}}  // namespace moe::{v.types}\n\n"
     if v.family == "collective":
         assert KernelScheduleTag[v.schedule] in text
         assert f"Shape<_{v.tile.m}, _{v.tile.n}, _{v.tile.k}>" in text
@@ -152,7 +152,8 @@ def test_source_says_what_the_variant_is(item):
         assert f"Config<{config}>" in text
         assert f"{v.tile.m}, {v.tile.n}, {v.tile.k}, 1, 1, true," in text
         swiglu, combines = (str(v.ends == end).lower() for end in ("swiglu", "combine"))
-        assert f"&Launch::check_abi, {swiglu}, MOE_WEIGHTS_{v.format.upper()},\n    false, {combines},\n}};\n" in text
+        told = f"&Launch::check_abi, {swiglu}, MOE_WEIGHTS_{v.format.upper()},\n    false, {combines},\n}};\n"
+        assert text.endswith(told + end)
     else:
         tokens, weights = reversed((v.tile.m, v.tile.n)) if v.swap_ab else (v.tile.m, v.tile.n)
         columns = tokens if v.swap_ab else 128
@@ -167,7 +168,7 @@ def test_source_says_what_the_variant_is(item):
         assert f"Config<Mma, {tokens}, {weights}, {str(v.swap_ab).lower()}, direct::{ends}>" in text
         extents = f"{v.tile.m}, {v.tile.n}, {v.tile.k}, {v.cluster.m}, {v.cluster.n}, {v.swap_ab},".lower()
         told = f"&Launch::check_abi, {swiglu}, MOE_WEIGHTS_FP8_BLOCK,\n    {gathers}, {combines},\n}};\n"
-        assert extents in text and told in text
+        assert extents in text and text.endswith(told + end)
     assert f"const {v.name} = {{" in text
     assert "{{" not in text and "{%" not in text
 

@@ -112,7 +112,7 @@ def test_what_a_kernel_does_beside_the_product_decides_whom_it_serves(
 ) -> None:
     made = executor(library())
     found = [name for name in made.tactics(problem(), "gemm1") if name.endswith(ends)]
-    assert found
+    assert len(found) >= (1 if ends == "_gather_swiglu" else 2)
     for name in found:
         assert made.can_implement(problem(), "gemm1", name) == gemm1
         assert made.can_implement(problem(), "gemm2", name) == gemm2

@@ -47,6 +47,11 @@ class WeightLayout(enum.IntEnum):
         """Rows of tokens are e4m3, a byte a value, not bf16."""
         return self in (self.FP8_BLOCK, self.FP8_MXFP4)
 
+    @property
+    def token_bytes(self) -> int:
+        """Of a value in a row of tokens."""
+        return 1 if self.multiplies_e4m3 else 2
+
 
 class Tokens(enum.IntEnum):
     """How token rows and activations are encoded; the numbers are those of MoeTokens in templates/abi.h."""

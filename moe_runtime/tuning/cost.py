@@ -41,7 +41,7 @@ def gemm_bytes(
     values, or bf16; results [N] bf16, or with swiglu activations [N/2] like rows.
     """
     (n, k), rows, busy = shape, sum(rows_per_expert), sum(rows > 0 for rows in rows_per_expert)
-    row_bytes = 1 + 4 / BLOCK if weights == WeightLayout.FP8_BLOCK else 1 if weights.multiplies_e4m3 else 2
+    row_bytes = weights.token_bytes + (4 / BLOCK if weights == WeightLayout.FP8_BLOCK else 0)
     result = n / 2 * row_bytes if swiglu else 2 * n
     return busy * n * k * weights.encoding.bytes_per_value + rows * (k * row_bytes + result)
 
@@ -80,7 +80,7 @@ def cost(
     # Scales of 128x128 blocks are nothing beside the values, those of 16 or 32 are something.
     layout = variant.weights
     weight_bytes = 1.0 if layout == WeightLayout.FP8_BLOCK else layout.encoding.bytes_per_value
-    token_bytes, tflops = 1 if layout.multiplies_e4m3 else 2, roofs.tflops(layout)
+    token_bytes, tflops = layout.token_bytes, roofs.tflops(layout)
 
     def us_of_tile(tokens: int) -> float:
         flops = 2 * tokens * weight_tile * k
